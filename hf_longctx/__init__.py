@@ -1,0 +1,30 @@
+"""hf-longctx: give a language model a longer context window than it was trained with, cheaply, and prove it.
+
+Public names are resolved on first use: `import hf_longctx` costs no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Method": "method", "method": "method", "method_names": "method", "load_methods": "method",
+    "patch": "checkpoint", "load": "checkpoint", "save": "checkpoint", "merge": "checkpoint", "inspect_model": "checkpoint",
+    "Recipe": "recipe", "read_recipe": "recipe",
+    "finetune": "training", "dry_run": "training",
+    "evaluate": "evaluation",
+}  # fmt: skip
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # a name shared with a module (`method`) must keep meaning the public object
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,323 @@
+"""Checkpoints in and out: patch a folder, load, save, inspect, merge.
+
+A RoPE-only result is a stock checkpoint: the base's own files and a rewritten config.json. An adapter folder is a PEFT
+adapter with `longctx.json` (methods, base, revision, fingerprint of the base) and the patched config.json beside it.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_longctx import __version__, files
+from hf_longctx.integration import rope
+from hf_longctx.method import Method, load_methods
+from hf_longctx.patching import patch_config, patch_model, prove_config, window_of
+
+logger = logging.getLogger(__name__)
+Specs = Sequence[Method | str | Mapping[str, Any]] | Method | str | Mapping[str, Any]
+
+
+class Loaded(NamedTuple):
+    """A model ready for evaluation or training, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def patch(
+    model: PreTrainedModel | str | Path, methods: Specs, out: str | Path | None = None, *,
+    revision: str | None = None, overwrite: bool = False,
+) -> PreTrainedModel | Path:  # fmt: skip
+    """Give a model another position handling, and prove that it took effect.
+
+    Args:
+        model: a live model, patched in place; or a hub id, a folder or a .gguf file, whose patched copy goes to `out`.
+        methods: what to apply: `"nope"`, `{"name": "yarn", "factor": 4}`, `method("yarn", factor=4)`, or several.
+        out: the folder to write; for a hub id or a folder. Weights are linked or copied byte for byte, never loaded.
+        revision: branch, tag or commit on the hub.
+        overwrite: replace `out` if it holds something.
+
+    Returns:
+        The model, or the folder.
+
+    Raises:
+        ValueError: unknown or colliding methods, an unsupported family, an `out` in use.
+        RuntimeError: what was installed does not compute what the method does.
+    """
+    chosen = load_methods(methods)
+    if isinstance(model, PreTrainedModel):
+        return patch_model(model, chosen)
+    if out is None:
+        raise ValueError("patching a checkpoint needs out, the folder to write")
+    files.check_output(out, overwrite)
+    if is_gguf(model):
+        loaded = load(model, methods=chosen, dtype="auto", device="cpu")
+        with files.new_folder(out, overwrite) as folder:
+            save(loaded.model, loaded.tokenizer, folder)
+        return Path(out)
+    source = files.local_folder(model, revision)
+    if (source / files.ADAPTER).exists():
+        raise ValueError(f"{model} is an adapter; merge it first (`longctx merge`), then patch the result")
+    config = AutoConfig.from_pretrained(source)
+    change, others = patch_config(config, chosen)
+    with files.new_folder(out, overwrite) as folder:
+        for path in [*files.companions(source), *weight_files(source)]:
+            files.place(path, folder)
+        finish_folder(folder, config, others, files.read_json(source / "config.json"))
+        if change is not None:
+            prove_config(AutoConfig.from_pretrained(folder), change)
+    return Path(out)
+
+
+def finish_folder(folder: Path, config: PretrainedConfig, others: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """Write config.json and the tokenizer's limit: `raw` with what a patch changed, in the v5 and the v4 spelling."""
+    keys = dict(raw)
+    for stale in ("rope_scaling", "rope_parameters"):
+        keys.pop(stale, None)
+    keys |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings, **others}
+    if getattr(config, "longctx", None):
+        keys["longctx"] = config.longctx
+    keys |= rope.legacy_keys(config)
+    files.write_json(folder / "config.json", {key: value for key, value in keys.items() if key != "rope_scaling" or value is not None})
+    files.set_tokenizer_limit(folder, window_of(config))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files and their index."""
+    return sorted(path for pattern in files.WEIGHTS for path in folder.glob(pattern))
+
+
+def is_gguf(model: object) -> bool:
+    """True for a path that ends in .gguf."""
+    return isinstance(model, str | Path) and str(model).endswith(".gguf")
+
+
+def load(
+    model: str | Path, *, methods: Specs = (), revision: str | None = None, base: str | None = None,
+    dtype: str | torch.dtype | None = None, device: str | None = None, attn_implementation: str | None = None,
+) -> Loaded:  # fmt: skip
+    """Load a model and its tokenizer, patched as they were saved, or with `methods`.
+
+    Args:
+        model: a hub id, a folder, an adapter folder (its base is loaded, patched and checked) or a .gguf file.
+        methods: applied before the model is built; given, they replace what the checkpoint was patched with.
+        revision: branch, tag or commit on the hub; for an adapter, it is what the adapter remembers.
+        base: for an adapter, another place to find its base model.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16", ...; by default "auto", and float32 on the CPU.
+        device: by default the accelerator if there is one.
+        attn_implementation: passed to Transformers.
+
+    Raises:
+        ValueError: no such model; an adapter on the wrong base; weights in pickle; a method that does not fit.
+    """
+    if is_gguf(model):
+        return _load_gguf(Path(model), methods, dtype, device, attn_implementation)
+    folder = files.local_folder(model, revision)
+    if (folder / files.ADAPTER).exists():
+        return _load_adapter(folder, base, dtype, device, attn_implementation)
+    config = AutoConfig.from_pretrained(folder)
+    change, _ = patch_config(config, load_methods(methods))
+    target = _device(device)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True
+    ).to(target)
+    if change is not None:
+        rope.prove(rope.rotary_of(loaded), change, rope.layer_type(config))
+    return Loaded(loaded.eval(), load_tokenizer(folder, window_of(config)))
+
+
+def load_tokenizer(folder: Path, window: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; it remembers the folder as `name_or_path`, where its files are copied from."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = window
+    return tokenizer
+
+
+def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError("reading .gguf files needs the package gguf: pip install 'hf-longctx[gguf]'") from None
+    target = _device(device)
+    # Left out, the quantiser stays attached: such a model can be neither saved nor trained.
+    quantization = GgufConfig(dequantize=True)
+    kind = _dtype(dtype, target)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=quantization, dtype=torch.float32 if kind == "auto" else kind,
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
+    loaded.config._name_or_path = str(path)
+    chosen = load_methods(methods)
+    if chosen:
+        patch_model(loaded, chosen)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.model_max_length = window_of(loaded.config)
+    return Loaded(loaded.to(target).eval(), tokenizer)
+
+
+def _load_adapter(folder: Path, base: str | None, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
+    from peft import PeftModel
+
+    note = read_sidecar(folder)
+    name = base or note["base"]
+    loaded = load(
+        name, methods=note["methods"], revision=None if base else note["revision"], dtype=dtype, device=device, attn_implementation=attn_implementation
+    )
+    found = fingerprint(loaded.model)
+    if found != note["fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on {note['base']} (fingerprint {note['fingerprint'][:12]}), but {name} is another model ({found[:12]}); give the right one as base"
+        )
+    model = PeftModel.from_pretrained(loaded.model, str(folder))
+    return Loaded(model.eval(), loaded.tokenizer)
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """`longctx.json` of an adapter folder. Raises ValueError if there is none."""
+    path = folder / files.SIDECAR
+    if not path.exists():
+        raise ValueError(f"{folder} is a PEFT adapter without {files.SIDECAR}, so its position handling is unknown; it was not made by longctx")
+    return files.read_json(path)
+
+
+def write_sidecar(folder: Path, base: str, revision: str | None, methods: Sequence[Method], mark: str, window: int) -> None:
+    """Write `longctx.json`: what an adapter needs besides its weights."""
+    value = {
+        "version": __version__, "base": base, "revision": revision, "fingerprint": mark,
+        "methods": [item.to_dict() for item in methods], "window": window,
+    }  # fmt: skip
+    files.write_json(folder / files.SIDECAR, value)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over sixteen values of every parameter, rounded to bfloat16: the same for any file layout, device and dtype of
+    at least that precision; different for another checkpoint of the same shape."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), dtype=torch.float64).round().long()
+        values = flat[index.to(flat.device)].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> Path:
+    """Save a whole model as a stock checkpoint: safetensors, the base's tokenizer files, a config that v5 and v4 read alike."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    source = Path(str(tokenizer.name_or_path))
+    if source.is_dir() and (source / "config.json").exists() and (source / "tokenizer_config.json").exists():
+        for path in files.companions(source):
+            if not (folder / path.name).exists():
+                files.place(path, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    raw = files.read_json(folder / "config.json")
+    raw["use_cache"] = True  # Trainer switches it off in the configuration, for good
+    if getattr(model.config, "rope_parameters", None):
+        finish_folder(folder, model.config, {}, raw)
+    else:
+        files.write_json(folder / "config.json", raw)
+    return folder
+
+
+def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:
+    """Fold an adapter into its base and save a stock checkpoint with the scaled configuration. The vocabulary stays as it is.
+
+    Raises:
+        ValueError: `adapter` is not an adapter of ours; the base is missing or another model; `out` is in use.
+    """
+    files.check_output(out, overwrite)
+    folder = Path(adapter)
+    if not (folder / files.ADAPTER).exists():
+        raise ValueError(f"{adapter} is not an adapter folder: there is no {files.ADAPTER} in it")
+    loaded = _load_adapter(folder, base, "auto", "cpu", None)
+    merged = loaded.model.merge_and_unload()  # type: ignore[operator]
+    with files.new_folder(out, overwrite) as scratch:
+        save(merged, loaded.tokenizer, scratch)
+    return Path(out)
+
+
+def inspect_model(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is, without loading its weights: family, trained and present window, RoPE, methods, who can load it.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if is_gguf(model):
+        path = Path(model)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist")
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return _describe(config, "GGUF") | {"loads_with": ["llama.cpp", "transformers>=5 (dequantised)"]}
+    folder = files.local_folder(model, revision, weights=False) if not Path(model).exists() else Path(model)
+    if (folder / files.ADAPTER).exists():
+        note = read_sidecar(folder)
+        facts = _describe(AutoConfig.from_pretrained(folder), "adapter")
+        return facts | {"base": note["base"], "methods": note["methods"], "loads_with": ["hf_longctx"]}
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{model} holds no model: there is no config.json in it")
+    config = AutoConfig.from_pretrained(folder)
+    return _describe(config, "model") | {"loads_with": _readers(config)}
+
+
+def _describe(config: PretrainedConfig, kind: str) -> dict[str, Any]:
+    memory = getattr(config, "longctx", None) or {}
+    facts: dict[str, Any] = {"kind": kind, "family": config.model_type, "methods": memory.get("methods", [])}
+    try:
+        shape = rope.read_shape(config)
+    except ValueError as error:
+        return facts | {"window": getattr(config, "max_position_embeddings", None), "supported": str(error)}
+    return facts | {
+        "trained_window": shape.window, "window": window_of(config), "rope": config.rope_parameters, "heads": shape.heads,
+        "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "layers": shape.layers, "supported": True,
+    }  # fmt: skip
+
+
+def _readers(config: PretrainedConfig) -> list[str]:
+    """Runtimes that read the same frequencies from this configuration; rules and sources: see the README."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    flat = parameters.get("full_attention", parameters)
+    kind = flat.get("rope_type", "default")
+    readers = ["transformers>=5", "transformers>=4.43"]
+    if kind in ("default", "yarn", "llama3", "longrope"):
+        readers.append("vLLM")
+    if kind == "linear" or kind == "dynamic":
+        readers.append("vLLM (give --max-model-len: it multiplies the window by the factor once more)")
+    if kind in ("default", "yarn", "linear", "llama3"):
+        readers.append("llama.cpp (convert_hf_to_gguf.py)")
+    return readers
+
+
+def _device(device: str | None) -> torch.device:
+    if device:
+        return torch.device(device)
+    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
+    if dtype is None:
+        return "auto" if device.type != "cpu" else torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use float32, bfloat16, float16 or auto")
+    return found
+

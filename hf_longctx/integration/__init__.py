@@ -1,0 +1,1 @@
+"""The only code that knows Transformers' extension points, one module a slot."""

@@ -1,0 +1,271 @@
+"""The rope slot: read a configuration's rotary embedding, change it, and prove on Transformers' own module that it changed.
+
+Everything goes through `config.rope_parameters`; no model code is replaced, so the result loads in plain Transformers.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from hf_longctx.method import Frequencies, RopeChange, Shape
+
+_SCALED_STATIC = {"linear", "llama3", "yarn"}  # trained types whose frequencies can be read once and scaled further
+_KEPT = ("rope_theta", "partial_rotary_factor")  # what survives of the trained parameters when the type changes
+_ONLY_LONGROPE = {"phi3", "phimoe", "phi4_multimodal"}  # these configurations accept no other scaled type
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise ValueError, naming the reason, unless the model rotates queries and keys by one position per token."""
+    family = config.model_type
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        raise ValueError(f"{family} is a multimodal model; give the checkpoint of its text model")
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters or getattr(config, "alibi", False):
+        raise ValueError(f"{family} has no rotary position embedding, so there is no rope to change")
+    if getattr(config, "kv_lora_rank", None) or getattr(config, "qk_rope_head_dim", None):
+        raise ValueError(f"{family} uses multi-head latent attention (MLA), whose decoupled RoPE is not supported")
+    extended = _entry(parameters, config)
+    if "mrope_section" in extended or extended["rope_type"] == "axial":
+        raise ValueError(f"{family} uses a multi-axis RoPE ({'mrope_section' if 'mrope_section' in extended else 'axial'}), which is not supported")
+    if trained_parameters(config).get("rope_type") not in {"default", *_SCALED_STATIC} and not _one_list(_entry(trained_rope(config), config)):
+        kind = _entry(trained_rope(config), config)["rope_type"]
+        raise ValueError(f"{family} was trained with rope_type {kind!r}, whose frequencies depend on the length; it cannot be scaled further")
+
+
+def trained_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """`rope_parameters` as the model was trained, before any patch of ours."""
+    memory = getattr(config, "longctx", None)
+    return memory["trained"]["rope_parameters"] if memory else config.rope_parameters
+
+
+def trained_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """The flat dictionary of the layers that are extended: all of them, or the full-attention ones."""
+    return _entry(trained_rope(config), config)
+
+
+def trained_window(config: PretrainedConfig) -> int:
+    """How many positions the model was trained on."""
+    memory = getattr(config, "longctx", None)
+    if memory:
+        return int(memory["trained"]["window"])
+    parameters = _entry(config.rope_parameters, config)
+    window = int(config.max_position_embeddings)
+    if parameters["rope_type"] == "yarn":  # Qwen states YaRN beside the unscaled limit
+        window = max(window, round(parameters["original_max_position_embeddings"] * parameters["factor"]))
+    return window
+
+
+def read_shape(config: PretrainedConfig) -> Shape:
+    """The Shape of a supported configuration. Raises ValueError as `check_supported` does."""
+    check_supported(config)
+    parameters = trained_parameters(config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    theta = float(parameters["rope_theta"])
+    if parameters["rope_type"] == "default":
+        trained = Frequencies(tuple(theta ** (-2 * j / rotary_dim) for j in range(rotary_dim // 2)))
+    else:
+        trained = frequencies(rotary_module(_as_trained(config)), layer_type(config))
+    return Shape(
+        family=config.model_type, hidden=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim, rotary_dim=rotary_dim,
+        theta=theta, trained=trained, rope_type=parameters["rope_type"], window=trained_window(config),
+    )  # fmt: skip
+
+
+def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, Any]:
+    """The `rope_parameters` that make Transformers compute `change`, starting from the trained ones.
+
+    Where Transformers has no type for it, or the family accepts few types, the same frequencies are written as `longrope`
+    with two equal lists of factors.
+    """
+    trained = trained_rope(config)
+    flat = _entry(trained, config)
+    kept = {key: flat[key] for key in _KEPT if flat.get(key) is not None}
+    narrow = config.model_type in _ONLY_LONGROPE and (change.native or {}).get("rope_type") not in ("default", "longrope")
+    if change.native is None or narrow:
+        keys = _as_longrope(change, kept["rope_theta"])
+    else:
+        keys = dict(change.native)
+    new = kept | keys
+    key = layer_type(config)
+    return new if key is None else {**copy.deepcopy(dict(trained)), key: new}
+
+
+def apply(config: PretrainedConfig, change: RopeChange) -> None:
+    """Write `change` into a configuration object; modules built from it afterwards follow it."""
+    parameters = rope_parameters(config, change)
+    window = change.window if change.raise_limit else trained_window(config)
+    if hasattr(config, "original_max_position_embeddings"):  # phi3: Transformers prefers it to the key in rope_parameters
+        config.original_max_position_embeddings = _entry(parameters, config).get("original_max_position_embeddings", window)
+    config.rope_parameters = parameters
+    config.max_position_embeddings = window
+    config.validate_rope()
+
+
+def rebuild(model: nn.Module, config: PretrainedConfig) -> None:
+    """Give every rotary module of a live model the frequencies of its (changed) configuration, in place.
+
+    The configuration alone changes nothing: frequencies were computed when the module was built.
+    """
+    for parent, name, module in list(_rotary_children(model)):
+        fresh = type(module)(config=config).to(next(module.buffers()).device)
+        setattr(parent, name, fresh)
+
+
+def rotary_module(config: PretrainedConfig) -> nn.Module:
+    """Transformers' rotary module for a configuration, on the CPU, without building the model.
+
+    The class is looked up in a one-layer model on the meta device, which costs milliseconds whatever the model's size.
+    """
+    small = copy.deepcopy(config)
+    types = getattr(small, "layer_types", None)
+    if types:
+        small.layer_types = list(types)[:1]
+    small.num_hidden_layers = 1
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(small)
+    found = next(_rotary_children(skeleton), None)
+    if found is None:
+        raise ValueError(f"{config.model_type} has no rotary module that Transformers builds from the configuration")
+    return type(found[2])(config=config)
+
+
+def frequencies(module: nn.Module, key: str | None) -> Frequencies:
+    """What a rotary module holds now; `key` picks the layer type where it holds several."""
+    prefix = f"{key}_" if key and hasattr(module, f"{key}_inv_freq") else ""
+    inv_freq = getattr(module, f"{prefix}inv_freq").double().tolist()
+    return Frequencies(tuple(inv_freq), float(getattr(module, f"{prefix}attention_scaling")))
+
+
+def prove(module: nn.Module, change: RopeChange, key: str | None) -> None:
+    """Raise RuntimeError unless the module turns as `change` says at every length that `change` names.
+
+    Lengths are visited in ascending order, through the module's own forward, so that length-dependent types are seen too.
+    """
+    module = copy.deepcopy(module)  # a forward pass moves the frequencies of length-dependent types
+    for length in sorted(change.at):
+        device = next(module.buffers()).device
+        position_ids = torch.tensor([[0, length - 1]], device=device)
+        arguments = {"layer_type": key} if key and hasattr(module, f"{key}_inv_freq") else {}
+        module(torch.zeros(1, device=device), position_ids, **arguments)
+        got, want = frequencies(module, key), change.at[length]
+        worst = _largest_error(got.inv_freq, want.inv_freq)
+        temperature = abs(got.attention_factor / want.attention_factor - 1)
+        if not (worst < 1e-5 and temperature < 1e-5):  # float32 powers err by some 1e-6; NaN must fail
+            raise RuntimeError(
+                f"the patch did not take effect: at length {length} the model's frequencies differ from the method's by a factor of "
+                f"{1 + worst:.6g}, its attention factor is {got.attention_factor:.6g} where {want.attention_factor:.6g} is meant"
+            )
+
+
+def layer_type(config: PretrainedConfig) -> str | None:
+    """The key under which nested `rope_parameters` hold the extended layers, None where they are flat."""
+    return "full_attention" if _nested(config.rope_parameters) else None
+
+
+def rotary_of(model: nn.Module) -> nn.Module:
+    """The rotary module of a live model."""
+    return next(_rotary_children(model))[2]
+
+
+def unslide(config: PretrainedConfig, window: int) -> dict[str, Any]:
+    """Configuration changes that turn sliding windows into full attention, where *every* layer slides below `window`.
+
+    Sliding windows count tokens, not positions: nothing beyond them is ever attended, whatever the RoPE. Where full and
+    sliding layers alternate, the full ones carry the context and nothing changes (an empty dictionary).
+    """
+    size = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    slides = size is not None and size < window and (not types or set(types) == {"sliding_attention"})
+    if not slides:
+        return {}
+    changes: dict[str, Any] = {"sliding_window": None}
+    if hasattr(config, "use_sliding_window"):
+        changes["use_sliding_window"] = False
+    if types:
+        changes["layer_types"] = ["full_attention"] * len(types)
+    return changes
+
+
+def legacy_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """The keys that Transformers 4, TGI and older vLLM read in place of `rope_parameters`; Transformers 5 accepts both."""
+    key = layer_type(config)
+    flat = _entry(config.rope_parameters, config)
+    scaling = {k: v for k, v in flat.items() if k not in _KEPT}
+    scaled = scaling.get("rope_type", "default") != "default"
+    keys: dict[str, Any] = {"rope_theta": flat["rope_theta"], "rope_scaling": scaling if scaled else None}
+    if "partial_rotary_factor" in flat:
+        name = "rotary_pct" if config.model_type == "gpt_neox" else "partial_rotary_factor"
+        keys[name] = flat["partial_rotary_factor"]
+    if config.model_type == "gpt_neox":
+        keys["rotary_emb_base"] = flat["rope_theta"]
+    if key is not None and isinstance(config.rope_parameters.get("sliding_attention"), Mapping):
+        keys["rope_local_base_freq"] = config.rope_parameters["sliding_attention"]["rope_theta"]
+    if scaled and scaling["rope_type"] == "longrope":
+        keys |= _legacy_longrope(config, scaling)
+    return keys
+
+
+def _legacy_longrope(config: PretrainedConfig, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Transformers 4 takes the trained window of longrope from the top level; its phi3 accepts no attention factor at all
+    and derives one as sqrt(1 + ln(window / original) / ln(original)), so `original` is chosen to give the one we mean.
+    With two equal lists it decides nothing else."""
+    original = scaling["original_max_position_embeddings"]
+    if config.model_type not in _ONLY_LONGROPE:
+        return {"original_max_position_embeddings": original}
+    if scaling["short_factor"] == scaling["long_factor"]:
+        original = round(config.max_position_embeddings ** (1 / scaling.get("attention_factor", 1.0) ** 2))
+    lists = {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+    return {"original_max_position_embeddings": original, "rope_scaling": lists}
+
+
+def _as_longrope(change: RopeChange, theta: float) -> dict[str, Any]:
+    """One set of frequencies as `longrope` keys: factor_j = plain_j / wanted_j in both lists."""
+    assert len(change.at) == 1, "only static frequencies have a list form"
+    (wanted,) = change.at.values()
+    pairs = len(wanted.inv_freq)
+    factors = [theta ** (-j / pairs) / f for j, f in enumerate(wanted.inv_freq)]
+    return {
+        "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,
+        "attention_factor": wanted.attention_factor, "original_max_position_embeddings": change.window,
+    }  # fmt: skip
+
+
+def _as_trained(config: PretrainedConfig) -> PretrainedConfig:
+    before = copy.deepcopy(config)
+    before.rope_parameters = copy.deepcopy(dict(trained_rope(config)))
+    before.max_position_embeddings = trained_window(config)
+    return before
+
+
+def _rotary_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if "RotaryEmbedding" in type(child).__name__ and any(b.endswith("inv_freq") for b, _ in child.named_buffers(recurse=False)):
+                yield parent, name, child
+
+
+def _nested(parameters: Mapping[str, Any]) -> bool:
+    return isinstance(parameters.get("full_attention"), Mapping)
+
+
+def _entry(parameters: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    return dict(parameters["full_attention"] if _nested(parameters) else parameters)
+
+
+def _one_list(parameters: Mapping[str, Any]) -> bool:
+    return parameters.get("rope_type") == "longrope" and parameters.get("short_factor") == parameters.get("long_factor")
+
+
+def _largest_error(got: tuple[float, ...], want: tuple[float, ...]) -> float:
+    """Largest relative difference; infinite if the lengths differ or a number is not finite."""
+    if len(got) != len(want) or not all(map(math.isfinite, got)):
+        return math.inf
+    return max(abs(g / w - 1) for g, w in zip(got, want, strict=True))

@@ -1,0 +1,223 @@
+"""Method, Shape and the registry. The folder `hf_longctx/methods/` is the registry: one file, one method.
+
+A `Method` is a frozen dataclass. Its fields are the keys a recipe may set, its class docstring is the formula, its
+module docstring names the paper, and the *slots* it overrides are the only places where it touches a model or its
+training data. Nothing here imports torch.
+"""
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_longctx import methods as _folder
+from hf_longctx.schema import STRICT_KEYS, build, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SLOTS = ("rope", "positions")
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """What a rotary embedding is made of.
+
+    Attributes:
+        inv_freq: rotation per position of each pair of dimensions, in radians; float64, `rotary_dim / 2` of them.
+        attention_factor: multiplies cos and sin, hence attention logits by its square.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a method may know of a model, read once from its configuration.
+
+    Attributes:
+        family: the configuration's `model_type`.
+        hidden, layers, heads, kv_heads, head_dim: sizes; `head_dim` is of one attention head.
+        rotary_dim: how many of a head's dimensions rotate.
+        theta: the base of the trained rotary frequencies.
+        trained: the frequencies that the model was trained with, whatever has been patched since.
+        rope_type: the trained `rope_type`; "default" unless the vendor already scaled the model.
+        window: how many positions it was trained on.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    theta: float
+    trained: Frequencies
+    rope_type: str
+    window: int
+
+    @property
+    def plain(self) -> bool:
+        """True if the model was trained with unscaled RoPE."""
+        return self.rope_type == "default"
+
+
+@dataclass(frozen=True)
+class RopeChange:
+    """What the `rope` slot returns.
+
+    Attributes:
+        at: frequencies by the longest position seen plus one. A static method has one entry; the patch is proved at each.
+        window: how many positions the model is meant for afterwards.
+        native: keys of `rope_parameters` with which Transformers computes the same frequencies from the trained base,
+            `rope_theta` left out unless it changes; None where Transformers has no such type.
+        raise_limit: write `window` to `max_position_embeddings`.
+    """
+
+    at: Mapping[int, Frequencies]
+    window: int
+    native: Mapping[str, Any] | None = None
+    raise_limit: bool = True
+
+    @classmethod
+    def static(
+        cls, inv_freq: Sequence[float], window: float, native: Mapping[str, Any] | None, attention_factor: float = 1.0
+    ) -> "RopeChange":
+        """One set of frequencies for every length."""
+        size = round(window)
+        return cls({size: Frequencies(tuple(inv_freq), attention_factor)}, size, native)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way past a model's trained window: a subclass is one file in `hf_longctx/methods/`."""
+
+    __pydantic_config__: ClassVar[Any] = STRICT_KEYS
+    paper: ClassVar[str] = ""
+    static: ClassVar[bool] = True  # False: frequencies depend on the length seen, so skipped positions would change them
+
+    def rope(self, shape: Shape) -> RopeChange:
+        """The rotary frequencies to use in place of `shape.trained`."""
+        raise NotImplementedError
+
+    def positions(
+        self, window: int, document_length: int, rng: "np.random.Generator"
+    ) -> "tuple[np.ndarray, np.ndarray]":
+        """Choose the tokens of one training example and the positions they are given.
+
+        Args:
+            window: how many tokens the example has.
+            document_length: how many tokens the document offers, at least `window`.
+            rng: fresh for this example; the only source of randomness.
+
+        Returns:
+            `token_index[window]`, strictly increasing, below `document_length`; `position_ids[window]`, strictly increasing.
+        """
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The name of the file it lives in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots that this method fills."""
+        return tuple(slot for slot in SLOTS if getattr(type(self), slot) is not getattr(Method, slot))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": ..., **fields}`: what a recipe and `config.longctx` hold; `load_method` reads it back."""
+        values = dataclasses.asdict(self)
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+def method_names(slot: str | None = None) -> list[str]:
+    """Every method, or those that fill `slot`, by name; without a slot, no method is imported."""
+    names = sorted(m.name for m in pkgutil.iter_modules(_folder.__path__) if not m.name.startswith("_"))
+    return names if slot is None else [name for name in names if hasattr_slot(method_class(name), slot)]
+
+
+def hasattr_slot(cls: type[Method], slot: str) -> bool:
+    """True if the class overrides `slot`."""
+    return getattr(cls, slot) is not getattr(Method, slot)
+
+
+@cache
+def method_class(name: str) -> type[Method]:
+    """The class in `hf_longctx/methods/NAME.py`. Raises ValueError, with the nearest name, if there is none."""
+    if name not in method_names():
+        raise ValueError(f"unknown method {name!r}" + nearest(name, method_names()))
+    module = importlib.import_module(f"{_folder.__name__}.{name}")
+    (found,) = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__ and issubclass(v, Method))
+    return found
+
+
+def method(name: str, **fields: Any) -> Method:
+    """Build a method from its name and fields: `method("yarn", factor=8)`.
+
+    Raises:
+        ValueError: an unknown name or field (with the nearest one), or a value that the method refuses.
+    """
+    return build(method_class(name), fields, name)
+
+
+def load_method(spec: "Method | str | Mapping[str, Any]") -> Method:
+    """A method from itself, from `"nope"`, or from `{"name": "yarn", "factor": 8}`."""
+    if isinstance(spec, Method):
+        return spec
+    values = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if not isinstance(values.get("name"), str):
+        raise ValueError(f"a method needs a name, got {dict(values)}; there is: {', '.join(method_names())}")
+    return method(values.pop("name"), **values)
+
+
+def load_methods(specs: "Sequence[Method | str | Mapping[str, Any]] | Method | str | Mapping[str, Any]") -> tuple[Method, ...]:
+    """Several methods, each slot filled at most once. Raises ValueError naming the two that collide."""
+    if isinstance(specs, Method | str | Mapping):
+        specs = [specs]
+    found = tuple(load_method(spec) for spec in specs)
+    owner: dict[str, str] = {}
+    for item in found:
+        for slot in item.slots:
+            if slot in owner:
+                raise ValueError(f"{owner[slot]} and {item.name} both fill the {slot} slot; keep one of them")
+            owner[slot] = item.name
+    return found
+
+
+def in_slot(found: Sequence[Method], slot: str) -> Method | None:
+    """The one of `found` that fills `slot`, or None."""
+    return next((item for item in found if slot in item.slots), None)
+
+
+def require(condition: bool, message: str) -> None:
+    """For `__post_init__`: raise ValueError(message) unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_factor(factor: float) -> None:
+    """A scaling factor is a finite number of at least 1."""
+    require(math.isfinite(factor) and factor >= 1, f"factor must be at least 1 (1 leaves the window as it is), got {factor:g}")
+
+
+def describe(cls: type[Method]) -> dict[str, Any]:
+    """Name, slots, formula, paper and fields of a method, for listings."""
+    slots = [slot for slot in SLOTS if hasattr_slot(cls, slot)]
+    fields = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)}
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    name = cls.__module__.rpartition(".")[2]
+    formula = " ".join((cls.__doc__ or "").split())
+    return {"name": name, "slots": slots, "paper": cls.paper, "formula": formula, "fields": fields, "required": required}
+
+
+__all__ = [
+    "SLOTS", "Frequencies", "Method", "RopeChange", "Shape", "describe", "field", "in_slot", "load_method", "load_methods",
+    "method", "method_class", "method_names", "require", "require_factor",
+]  # fmt: skip

@@ -1,0 +1,61 @@
+"""CREAM, continuity-relativity indexing with Gaussian middle (Wu et al. 2024)."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_longctx.method import Method, require
+from hf_longctx.schema import Size
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Cream(Method):
+    """Three segments: a head at the first positions, a tail at the last ones before the target, and a middle whose end is
+    drawn around the centre: a ~ truncated normal(1 + f, sigma) on [2, 2f], then uniform between head + (mid-1) a/2 and
+    a N / 2 - tail - 1, with N the window and f = target / N. A coin per example makes head and tail a third of the window
+    ("relativity") or 4 f tokens ("continuity").
+
+    Two departures from the published script, where it misbehaves: the coin is tossed per example (there: per 3,000), and
+    sigma defaults to 0.375 f (there: 3 whatever f, which at f = 64 never trains 31 % of the distances); head and tail never
+    take more than a third of the window each."""
+
+    paper = "arXiv:2406.07138"
+    target: Size | None = None  # tokens; by default the patched model's window
+    sigma: float | None = None  # of the middle's place, in units of half a window; default 0.375 target / window
+
+    def __post_init__(self) -> None:
+        require(self.sigma is None or self.sigma > 0, f"sigma must be positive, got {self.sigma}")
+
+    def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
+        import numpy as np
+
+        assert self.target is not None and self.target >= window
+        third = window // 3
+        edge = third if rng.random() < 0.5 else min(math.ceil(4 * self.target / window), third)
+        middle = window - 2 * edge
+        end = self._middle_end(window, edge, middle, rng)
+        positions = np.concatenate([np.arange(edge), np.arange(end - middle + 1, end + 1), np.arange(self.target - edge, self.target)])
+        # The text really found there, as far as the document reaches; the tail is the document's end, or the target's.
+        last = min(document_length, self.target)
+        stop = min(end + 1, last - edge)
+        tokens = np.concatenate([np.arange(edge), np.arange(stop - middle, stop), np.arange(last - edge, last)])
+        return tokens, positions
+
+    def _middle_end(self, window: int, edge: int, middle: int, rng: "np.random.Generator") -> int:
+        """The position of the middle segment's last token."""
+        assert self.target is not None
+        factor = self.target / window
+        sigma = self.sigma or 0.375 * factor
+        alpha = -1.0
+        while not 2 <= alpha <= 2 * factor:
+            if factor == 1:
+                alpha = 2.0
+                break
+            alpha = rng.normal(1 + factor, sigma)
+        low = int(edge + (middle - 1) * alpha / 2)
+        high = int(alpha / 2 * window) - edge - 1
+        end = int(rng.integers(low, max(low, high), endpoint=True))
+        return min(max(end, edge + middle - 1), self.target - edge - 1)
