@@ -1,0 +1,320 @@
+"""Documents to training windows, deterministic and resumable.
+
+Example i of a run is a function of (recipe, seed, i): which window of which document, where its chunks lie, which positions
+they get. Neither the number of workers and processes nor a restart changes it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_longctx.method import Method
+from hf_longctx.recipe import DataSource
+
+logger = logging.getLogger(__name__)
+IGNORE = -100
+_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of many documents in one array: document i is `ids[starts[i]:starts[i+1]]`."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.ids[self.starts[i] : self.starts[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.starts)
+
+    @classmethod
+    def join(cls, documents: Sequence[np.ndarray]) -> "Documents":
+        """Documents one after another."""
+        starts = np.cumsum([0, *map(len, documents)])
+        return cls(np.concatenate(documents) if documents else np.zeros(0, np.uint32), starts)
+
+
+def load_documents(source: DataSource, tokenizer: Any) -> Documents:
+    """Read and tokenise a source once; later calls with the same source and tokenizer read the cache.
+
+    Each document ends with the tokenizer's end-of-sequence token, if it has one. The cache lies in `$HF_LONGCTX_CACHE`, by
+    default `~/.cache/hf_longctx`.
+
+    Raises:
+        ValueError: nothing there, an unknown format, text that is not UTF-8, no such column, or no document at all.
+    """
+    if source.path.endswith(".npz"):
+        return _read_npz(source)
+    key = _cache_key(source, tokenizer)
+    folder = Path(os.environ.get("HF_LONGCTX_CACHE", "~/.cache/hf_longctx")).expanduser() / "tokens" / key
+    if not folder.is_dir():
+        documents = _tokenize(read_texts(source), tokenizer, source.tokens)
+        if not documents:
+            raise ValueError(f"{source.path} holds no text")
+        _write_cache(folder, Documents.join(documents))
+    return Documents(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy"))
+
+
+def read_texts(source: DataSource) -> Iterator[str]:
+    """The documents of a source as text, streamed. Raises ValueError as `load_documents`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    path = Path(source.path).expanduser()
+    try:
+        if path.exists():
+            kind, names = _local_files(path)
+            extra = {"sample_by": "document"} if kind == "text" else {}
+            rows = load_dataset(kind, data_files=names, split="train", streaming=True, **extra)
+        else:
+            rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
+        for row in rows:
+            if source.column not in row:
+                raise ValueError(f"{source.path} has no column {source.column!r}; it has: {', '.join(row)}")
+            if row[source.column]:
+                yield row[source.column]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source.path} is not UTF-8 text: {error}") from None
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{source.path!r} is neither a file here nor a dataset on the hub: {str(error).splitlines()[0]}") from None
+
+
+def _local_files(path: Path) -> tuple[str, list[str]]:
+    found = sorted(p for p in path.rglob("*") if p.suffix in _FORMATS) if path.is_dir() else [path]
+    kinds = {_FORMATS.get(p.suffix) for p in found}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(f"{path}: expected .txt, .jsonl, .parquet (one kind in a folder) or .npz files")
+    return str(kinds.pop()), [str(p) for p in found]
+
+
+def _read_npz(source: DataSource) -> Documents:
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{source.path} does not exist")
+    with np.load(path) as arrays:
+        documents = [arrays[name] for name in arrays.files]
+    bad = next((d for d in documents if d.ndim != 1 or not np.issubdtype(d.dtype, np.integer)), None)
+    if bad is not None or not documents:
+        raise ValueError(f"{source.path} must hold 1-D integer arrays of token ids, one a document")
+    return Documents.join(_until(iter(documents), source.tokens))
+
+
+def _tokenize(texts: Iterator[str], tokenizer: Any, budget: int | None) -> list[np.ndarray]:
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode() -> Iterator[np.ndarray]:
+        while batch := list(islice(texts, 16)):
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                yield np.array([*ids, *end], dtype=dtype)
+
+    return _until(encode(), budget)
+
+
+def _until(documents: Iterable[np.ndarray], budget: int | None) -> list[np.ndarray]:
+    """Documents up to `budget` tokens; the last one is cut there."""
+    taken: list[np.ndarray] = []
+    left = budget
+    for document in documents:
+        taken.append(document if left is None else document[:left])
+        if left is not None:
+            left -= len(taken[-1])
+            if left <= 0:
+                break
+    return [document for document in taken if len(document)]
+
+
+def _cache_key(source: DataSource, tokenizer: Any) -> str:
+    what = {k: v for k, v in asdict(source).items() if k not in ("weight", "short")}
+    path = Path(source.path).expanduser()
+    if path.exists():
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        what["files"] = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+    what |= {"vocabulary": words, "end": tokenizer.eos_token_id, "class": type(tokenizer).__name__}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_cache(folder: Path, documents: Documents) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    np.save(scratch / "ids.npy", documents.ids)
+    np.save(scratch / "starts.npy", documents.starts)
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was first; its content is the same
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The training examples of one source, `window` tokens each.
+
+    A document of at least `window` tokens gives one example per full window; the sampler may also take tokens from the rest
+    of the document behind the window's start. Shorter documents are packed, several to a row, or dropped. Examples are
+    visited in random order, each once before any comes again.
+    """
+
+    def __init__(self, documents: Documents, window: int, sampler: Method, seed: Sequence[int], short: str = "pack", first_token: int | None = None, mask_seams: bool = False):
+        self.documents, self.window, self.sampler, self.seed = documents, window, sampler, list(seed)
+        self.first_token, self.mask_seams = first_token, mask_seams
+        lengths = documents.lengths
+        counts = lengths // window
+        long = np.flatnonzero(counts)
+        self.document = np.repeat(long, counts[long])
+        self.start = np.concatenate([np.arange(c) * window for c in counts[long]]) if len(long) else np.zeros(0, np.int64)
+        brief = np.flatnonzero((lengths < window) & (lengths > 1))
+        self.packs = _pack(brief, lengths, window) if short == "pack" else []
+        self.dropped = len(brief) if short == "drop" else 0
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        return len(self.document) + len(self.packs)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([*self.seed, epoch]).permutation(len(self))
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Example i, i counting on past the first epoch: `input_ids`, `position_ids`, `labels`, `segments`, each [window].
+
+        `segments` numbers the packed documents from 0; -1 marks padding.
+        """
+        epoch, rank = divmod(i, len(self))
+        item = int(self._order(epoch)[rank])
+        rng = np.random.default_rng([*self.seed, 1, i])
+        if item < len(self.document):
+            text = self.documents[int(self.document[item])][self.start[item] :]
+            return self._finish([self._piece(text, self.window, rng)])
+        rows = self.packs[item - len(self.document)]
+        return self._finish([self._piece(self.documents[d], len(self.documents[d]), rng) for d in rows])
+
+    def _piece(self, text: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens, positions = self.sampler.positions(size, len(text), rng)
+        ids = text[tokens].astype(np.int64)
+        if self.first_token is not None:
+            ids[0] = self.first_token
+        labels = ids.copy()
+        labels[0] = IGNORE  # nothing before it predicts it
+        if self.mask_seams:
+            labels[1:][np.diff(positions) != 1] = IGNORE
+        return ids, positions, labels
+
+    def _finish(self, pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        ids, positions, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        segments = np.repeat(np.arange(len(pieces)), [len(p[0]) for p in pieces])
+        pad = self.window - len(ids)
+        return {
+            "input_ids": np.pad(ids, (0, pad)), "position_ids": np.pad(positions, (0, pad)),
+            "labels": np.pad(labels, (0, pad), constant_values=IGNORE), "segments": np.pad(segments, (0, pad), constant_values=-1),
+        }  # fmt: skip
+
+
+def _pack(documents: np.ndarray, lengths: np.ndarray, window: int) -> list[list[int]]:
+    """Fill rows of `window` tokens with whole documents, longest first, each into the fullest row that still takes it."""
+    import bisect
+
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    rows: list[list[int]] = []
+    for document in sorted(documents.tolist(), key=lambda d: (-lengths[d], d)):
+        size = int(lengths[document])
+        at = bisect.bisect_left(rooms, (size, -1))
+        if at == len(rooms):
+            rows.append([])
+            free, row = window, len(rows) - 1
+        else:
+            free, row = rooms.pop(at)
+        rows[row].append(document)
+        bisect.insort(rooms, (free - size, row))
+    return rows
+
+
+class Mixture(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """`total` examples drawn from several sources by weight; example i is the same whatever `total` is."""
+
+    def __init__(self, sources: Sequence[Windows], weights: Sequence[float], total: int, seed: int):
+        self.sources = list(sources)
+        share = np.cumsum(weights) / np.sum(weights)
+        draws = np.random.default_rng([seed, 0]).random(total)
+        self.source = np.searchsorted(share, draws, side="right").clip(max=len(sources) - 1)
+        self.rank = np.zeros(total, np.int64)  # how many examples the same source gave before
+        for s in range(len(sources)):
+            mine = self.source == s
+            self.rank[mine] = np.arange(mine.sum())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.sources[self.source[i]][int(self.rank[i])]
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Stack examples into tensors [batch, window].
+
+    The attention mask is always there: without one, and without a cache, Transformers takes every jump in `position_ids`
+    for a new packed document and cuts the very attention that skipping positions train. Rows that hold one document get
+    ones; if any row holds several, the mask is [batch, 1, window, window], causal within each document.
+    """
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in ("input_ids", "position_ids", "labels")}
+    segments = torch.from_numpy(np.stack([row["segments"] for row in rows]))
+    if bool((segments == 0).all()):
+        return batch | {"attention_mask": torch.ones_like(segments)}
+    same = segments[:, :, None] == segments[:, None, :]
+    return batch | {"attention_mask": (same & torch.ones_like(same[0]).tril())[:, None]}
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer itself puts first (BOS), which then also opens each training window; None for most."""
+    empty = tokenizer("")["input_ids"]
+    return int(empty[0]) if empty and empty[0] == tokenizer.bos_token_id else None
+
+
+def coverage(sampler: Method, window: int, target: int, draws: int = 400, seed: int = 0) -> dict[str, Any]:
+    """How well a sampler covers relative distances.
+
+    Args:
+        sampler: fills the `positions` slot.
+        window, target: tokens of an example; positions it may reach.
+        draws: how many examples to draw.
+
+    Returns:
+        `probability[target]`: the share of examples in which some pair of tokens is d apart, for d = 0 ... target-1;
+        `bins`: its mean over 16 equal bins; `last_window`: its mean over the last `window / 2` distances; `never`: the share
+        of distances that no draw covers; `far_pairs`: the share of attention pairs at least `window` apart.
+    """
+    size = 2 * target
+    seen, far, pairs = np.zeros(target), 0.0, 0.0
+    for i in range(draws):
+        _, positions = sampler.positions(window, max(target, window), np.random.default_rng([seed, i]))
+        present = np.zeros(size)
+        present[positions] = 1
+        spectrum = np.fft.rfft(present)
+        counts = np.rint(np.fft.irfft(spectrum * spectrum.conj(), size)[:target])
+        seen += counts > 0
+        far += counts[window:].sum()
+        pairs += counts.sum()
+    probability = seen / draws
+    bins = [float(part.mean()) for part in np.array_split(probability, 16)]
+    last = max(1, window // 2)
+    return {
+        "probability": probability, "bins": bins, "last_window": float(probability[-last:].mean()),
+        "never": float((seen == 0).mean()), "far_pairs": float(far / pairs), "draws": draws,
+    }  # fmt: skip

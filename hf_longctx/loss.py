@@ -1,0 +1,157 @@
+"""Next-token cross entropy without the tokens x vocabulary logits.
+
+`token_losses` scores hidden states block by block; `BlockLoss` puts the same into Trainer through `compute_loss_func`: a
+forward hook taps the decoder's last hidden state while the model itself computes the logits of one token only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100
+_BLOCK_ELEMENTS = 2**26  # of one block of logits: 256 MiB in float32
+
+
+def _block(vocabulary: int) -> int:
+    return max(16, _BLOCK_ELEMENTS // vocabulary)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum of cross entropies; gradients are formed block by block in the forward pass, so no logits outlive their block."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        size = _block(weight.shape[0])
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            loss, d_logits = _block_loss(hidden[part], weight, labels[part])
+            total += loss
+            if d_hidden is not None:
+                d_hidden[part] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += d_logits.T @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        d_hidden, d_weight = ctx.saved_tensors
+        scaled = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
+        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype), None
+
+
+def _block_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of one block and its gradient with respect to the logits, in the dtype of `hidden`."""
+    logits = (hidden @ weight.T).float()
+    log_p = logits.log_softmax(-1)
+    keep = labels != IGNORE
+    index = labels.clamp(min=0)[:, None]
+    loss = -(log_p.gather(1, index)[:, 0] * keep).sum()
+    d_logits = log_p.exp()
+    d_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=d_logits.dtype))
+    return loss, (d_logits * keep[:, None]).to(hidden.dtype)
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log p(label), with gradients to `hidden` and, if it is trained, to `weight`.
+
+    Args:
+        hidden: [tokens, width], the states that predict `labels`.
+        weight: [vocabulary, width], the output embedding.
+        labels: [tokens]; -100 is left out.
+
+    On CUDA with liger-kernel installed its fused kernel computes this; elsewhere blocks of torch operations do.
+    """
+    fused = _liger() if hidden.is_cuda else None
+    if fused is not None:
+        return fused.apply(hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, "sum")[0]
+    return _SummedLoss.apply(hidden, weight, labels)
+
+
+def _liger() -> Any:
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyFunction
+
+
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per token, without gradients: -log p(label) in float32 (0 where the label is -100), and the most likely token.
+
+    Args:
+        hidden: [tokens, width]; weight: [vocabulary, width]; labels: [tokens].
+    """
+    losses, best = [], []
+    size = _block(weight.shape[0])
+    with torch.no_grad():
+        for start in range(0, len(hidden), size):
+            logits = (hidden[start : start + size].to(weight.dtype) @ weight.T).float()
+            losses.append(F.cross_entropy(logits, labels[start : start + size], reduction="none", ignore_index=IGNORE))
+            best.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(best)
+
+
+class BlockLoss:
+    """`compute_loss_func` for Trainer. The batch must carry `logits_to_keep: 1`.
+
+    Args:
+        model: the causal language model, wrapped by PEFT or not.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.hidden: Tensor | None = None
+        self.model.get_decoder().register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None, "the decoder did not run"
+        weight = self.model.get_output_embeddings().weight
+        if weight.dtype != hidden.dtype:
+            lower = min(weight.dtype, hidden.dtype, key=lambda kind: kind.itemsize)
+            weight, hidden = weight.to(lower), hidden.to(lower)
+        total = summed_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+        return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum())
+
+
+def check_block_loss(model: nn.Module, length: int = 64) -> None:
+    """Compare the block loss with the model's own on a short row.
+
+    Raises:
+        ValueError: they differ, because the family scales or caps its logits; the message names the remedy.
+    """
+    loss = BlockLoss(model)
+    base = loss.model
+    parameter = next(base.parameters())
+    ids = torch.arange(3, 3 + length, device=parameter.device)[None] % base.config.vocab_size
+    with torch.no_grad(), _evaluating(model):
+        wanted = float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
+        got = float(loss(None, ids))
+    tolerance = 1e-4 if parameter.dtype == torch.float32 else 2e-2
+    if not abs(got - wanted) <= tolerance * abs(wanted):
+        raise ValueError(
+            f"the block-wise loss gives {got:.5f} where {base.config.model_type} itself gives {wanted:.5f} "
+            "(the family scales or caps its logits): set loss: model in the recipe"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,1 @@
+"""Recipes shipped with the package, one a use: `longctx finetune NAME`."""

