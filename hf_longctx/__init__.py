@@ -6,23 +6,25 @@ Public names are resolved on first use: `import hf_longctx` costs no torch.
 from importlib import import_module
 from typing import Any
 
+# At once, not on first use: the function shares its name with the module, which would hide it once anything else imported that.
+from hf_longctx.method import Method, load_methods, method, method_names
+
 __version__ = "0.1.0"
 
 _HOME = {
-    "Method": "method", "method": "method", "method_names": "method", "load_methods": "method",
     "patch": "checkpoint", "load": "checkpoint", "save": "checkpoint", "merge": "checkpoint", "inspect_model": "checkpoint",
     "Recipe": "recipe", "read_recipe": "recipe",
     "finetune": "training", "dry_run": "training",
     "evaluate": "evaluation",
 }  # fmt: skip
-__all__ = ["__version__", *_HOME]
+__all__ = ["Method", "__version__", "load_methods", "method", "method_names", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # a name shared with a module (`method`) must keep meaning the public object
+    globals()[name] = value
     return value
 
 

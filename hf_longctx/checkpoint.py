@@ -60,6 +60,8 @@ def patch(
     chosen = load_methods(methods)
     if isinstance(model, PreTrainedModel):
         return patch_model(model, chosen)
+    if isinstance(model, torch.nn.Module):
+        raise ValueError(f"{type(model).__name__} is not a Transformers model; patch the base model before PEFT or torch.compile wraps it")
     if out is None:
         raise ValueError("patching a checkpoint needs out, the folder to write")
     files.check_output(out, overwrite)
@@ -85,7 +87,7 @@ def patch(
 def finish_folder(folder: Path, config: PretrainedConfig, others: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     """Write config.json and the tokenizer's limit: `raw` with what a patch changed, in the v5 and the v4 spelling."""
     keys = dict(raw)
-    for stale in ("rope_scaling", "rope_parameters"):
+    for stale in ("rope_scaling", "rope_parameters", "original_max_position_embeddings"):
         keys.pop(stale, None)
     keys |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings, **others}
     if getattr(config, "longctx", None):
@@ -127,6 +129,8 @@ def load(
         return _load_gguf(Path(model), methods, dtype, device, attn_implementation)
     folder = files.local_folder(model, revision)
     if (folder / files.ADAPTER).exists():
+        if load_methods(methods):
+            raise ValueError(f"{model} is an adapter, trained with methods of its own; merge it first, then load the result with other methods")
         return _load_adapter(folder, base, dtype, device, attn_implementation)
     config = AutoConfig.from_pretrained(folder)
     change, _ = patch_config(config, load_methods(methods))
@@ -295,7 +299,9 @@ def _readers(config: PretrainedConfig) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     flat = parameters.get("full_attention", parameters)
     kind = flat.get("rope_type", "default")
-    readers = ["transformers>=5", "transformers>=4.43"]
+    readers = ["transformers>=5"]
+    if not parameters or rope.read_by_v4(config):
+        readers.append("transformers>=4.43")
     if kind in ("default", "yarn", "llama3", "longrope"):
         readers.append("vLLM")
     if kind == "linear" or kind == "dynamic":

@@ -4,15 +4,16 @@ Example i of a run is a function of (recipe, seed, i): which window of which doc
 they get. Neither the number of workers and processes nor a restart changes it.
 """
 
+import bisect
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hf_longctx.recipe import DataSource
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
+_BLOCK = 1024  # draws of a mixture that are made together
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -76,26 +78,34 @@ def load_documents(source: DataSource, tokenizer: Any) -> Documents:
 
 def read_texts(source: DataSource) -> Iterator[str]:
     """The documents of a source as text, streamed. Raises ValueError as `load_documents`."""
+    for row in _rows(source):
+        if source.column not in row:
+            raise ValueError(f"{source.path} has no column {source.column!r}; it has: {', '.join(row)}")
+        text = row[source.column]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{source.path}: column {source.column!r} holds {type(text).__name__}, not text")
+        if text:
+            yield text
+
+
+def _rows(source: DataSource) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     path = Path(source.path).expanduser()
+    kind, names = _local_files(path) if path.exists() else ("", [])
     try:
-        if path.exists():
-            kind, names = _local_files(path)
+        if names:
             extra = {"sample_by": "document"} if kind == "text" else {}
-            rows = load_dataset(kind, data_files=names, split="train", streaming=True, **extra)
+            yield from load_dataset(kind, data_files=names, split="train", streaming=True, **extra)
         else:
-            rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
-        for row in rows:
-            if source.column not in row:
-                raise ValueError(f"{source.path} has no column {source.column!r}; it has: {', '.join(row)}")
-            if row[source.column]:
-                yield row[source.column]
+            yield from load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.path} is not UTF-8 text: {error}") from None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{source.path!r} is neither a file here nor a dataset on the hub: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # pyarrow's complaints about a file, those of datasets about a split or a configuration
+        raise ValueError(f"{source.path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _local_files(path: Path) -> tuple[str, list[str]]:
@@ -103,19 +113,28 @@ def _local_files(path: Path) -> tuple[str, list[str]]:
     kinds = {_FORMATS.get(p.suffix) for p in found}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(f"{path}: expected .txt, .jsonl, .parquet (one kind in a folder) or .npz files")
-    return str(kinds.pop()), [str(p) for p in found]
+    names = [str(p) for p in found if p.stat().st_size]
+    if not names:
+        raise ValueError(f"{path} holds no text: every file in it is empty" if path.is_dir() else f"{path} is empty")
+    return str(kinds.pop()), names
 
 
 def _read_npz(source: DataSource) -> Documents:
     path = Path(source.path).expanduser()
     if not path.is_file():
         raise ValueError(f"{source.path} does not exist")
-    with np.load(path) as arrays:
-        documents = [arrays[name] for name in arrays.files]
-    bad = next((d for d in documents if d.ndim != 1 or not np.issubdtype(d.dtype, np.integer)), None)
-    if bad is not None or not documents:
-        raise ValueError(f"{source.path} must hold 1-D integer arrays of token ids, one a document")
-    return Documents.join(_until(iter(documents), source.tokens))
+    wrong = f"{source.path} must hold 1-D integer arrays of token ids, one a document"
+    try:
+        with np.load(path) as arrays:
+            documents = [arrays[name] for name in arrays.files]
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile):  # not an .npz at all, or one with pickled objects
+        raise ValueError(wrong) from None
+    if not documents or any(d.ndim != 1 or not np.issubdtype(d.dtype, np.integer) for d in documents):
+        raise ValueError(wrong)
+    joined = Documents.join([d.astype(np.int64) for d in _until(iter(documents), source.tokens)])
+    if len(joined.ids) == 0 or joined.ids.min() < 0:
+        raise ValueError(f"{source.path} holds {'no tokens' if len(joined.ids) == 0 else 'negative token ids'}")
+    return Documents(joined.ids.astype(np.uint32), joined.starts)
 
 
 def _tokenize(texts: Iterator[str], tokenizer: Any, budget: int | None) -> list[np.ndarray]:
@@ -149,19 +168,29 @@ def _cache_key(source: DataSource, tokenizer: Any) -> str:
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         what["files"] = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-    what |= {"vocabulary": words, "end": tokenizer.eos_token_id, "class": type(tokenizer).__name__}
+    what |= {"tokenizer": _rules(tokenizer), "end": tokenizer.eos_token_id, "class": type(tokenizer).__name__}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _rules(tokenizer: Any) -> str:
+    """A digest of all that decides how text is split: the vocabulary alone does not."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    kept = {key: value for key, value in rules.items() if backend is None or key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _write_cache(folder: Path, documents: Documents) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    np.save(scratch / "ids.npy", documents.ids)
-    np.save(scratch / "starts.npy", documents.starts)
     try:
+        np.save(scratch / "ids.npy", documents.ids)
+        np.save(scratch / "starts.npy", documents.starts)
         scratch.rename(folder)
-    except OSError:  # another process was first; its content is the same
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first; its content is the same
+            raise
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -173,37 +202,45 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     visited in random order, each once before any comes again.
     """
 
-    def __init__(self, documents: Documents, window: int, sampler: Method, seed: Sequence[int], short: str = "pack", first_token: int | None = None, mask_seams: bool = False):
+    def __init__(
+        self, documents: Documents, window: int, sampler: Method, seed: Sequence[int], short: str = "pack",
+        first_token: int | None = None, mask_seams: bool = False,
+    ):  # fmt: skip
         self.documents, self.window, self.sampler, self.seed = documents, window, sampler, list(seed)
         self.first_token, self.mask_seams = first_token, mask_seams
         lengths = documents.lengths
-        counts = lengths // window
-        long = np.flatnonzero(counts)
-        self.document = np.repeat(long, counts[long])
-        self.start = np.concatenate([np.arange(c) * window for c in counts[long]]) if len(long) else np.zeros(0, np.int64)
+        self.long = np.flatnonzero(lengths >= window)
+        self.ends = np.cumsum(lengths[self.long] // window)  # window number j belongs to the first long document whose end is above j
+        self.full = int(self.ends[-1]) if len(self.ends) else 0
         brief = np.flatnonzero((lengths < window) & (lengths > 1))
         self.packs = _pack(brief, lengths, window) if short == "pack" else []
         self.dropped = len(brief) if short == "drop" else 0
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
-        return len(self.document) + len(self.packs)
+        return self.full + len(self.packs)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([*self.seed, epoch]).permutation(len(self))
+    def _item(self, epoch: int, rank: int) -> int:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(len(self)))
+        return int(self._order[1][rank])
+
+    def _text(self, item: int) -> np.ndarray:
+        """The document of a full window, from that window's start."""
+        at = int(np.searchsorted(self.ends, item, side="right"))
+        before = int(self.ends[at - 1]) if at else 0
+        return self.documents[int(self.long[at])][(item - before) * self.window :]
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """Example i, i counting on past the first epoch: `input_ids`, `position_ids`, `labels`, `segments`, each [window].
 
         `segments` numbers the packed documents from 0; -1 marks padding.
         """
-        epoch, rank = divmod(i, len(self))
-        item = int(self._order(epoch)[rank])
+        item = self._item(*divmod(i, len(self)))
         rng = np.random.default_rng([*self.seed, 1, i])
-        if item < len(self.document):
-            text = self.documents[int(self.document[item])][self.start[item] :]
-            return self._finish([self._piece(text, self.window, rng)])
-        rows = self.packs[item - len(self.document)]
+        if item < self.full:
+            return self._finish([self._piece(self._text(item), self.window, rng)])
+        rows = self.packs[item - self.full]
         return self._finish([self._piece(self.documents[d], len(self.documents[d]), rng) for d in rows])
 
     def _piece(self, text: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -229,8 +266,6 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def _pack(documents: np.ndarray, lengths: np.ndarray, window: int) -> list[list[int]]:
     """Fill rows of `window` tokens with whole documents, longest first, each into the fullest row that still takes it."""
-    import bisect
-
     rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
     rows: list[list[int]] = []
     for document in sorted(documents.tolist(), key=lambda d: (-lengths[d], d)):
@@ -250,20 +285,30 @@ class Mixture(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """`total` examples drawn from several sources by weight; example i is the same whatever `total` is."""
 
     def __init__(self, sources: Sequence[Windows], weights: Sequence[float], total: int, seed: int):
-        self.sources = list(sources)
-        share = np.cumsum(weights) / np.sum(weights)
-        draws = np.random.default_rng([seed, 0]).random(total)
-        self.source = np.searchsorted(share, draws, side="right").clip(max=len(sources) - 1)
-        self.rank = np.zeros(total, np.int64)  # how many examples the same source gave before
-        for s in range(len(sources)):
-            mine = self.source == s
-            self.rank[mine] = np.arange(mine.sum())
+        self.sources, self.total, self.seed = list(sources), total, seed
+        self.share = np.cumsum(weights) / np.sum(weights)
+        # How many examples each source gave before each block: draws are made again when needed, so long runs cost no memory.
+        blocks = -(-total // _BLOCK) if len(self.sources) > 1 else 0
+        given = [np.bincount(self._draw(block), minlength=len(self.sources)) for block in range(blocks)]
+        self.before = np.cumsum([np.zeros(len(self.sources), np.int64), *given], axis=0)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.total
+
+    def _draw(self, block: int) -> np.ndarray:
+        """Which source each example of a block comes from."""
+        draws = np.random.default_rng([self.seed, block, 0, 0, 1]).random(_BLOCK)
+        return np.searchsorted(self.share, draws, side="right").clip(max=len(self.sources) - 1)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return self.sources[self.source[i]][int(self.rank[i])]
+        if not 0 <= i < self.total:
+            raise IndexError(i)
+        if len(self.sources) == 1:
+            return self.sources[0][i]
+        block, place = divmod(i, _BLOCK)
+        drawn = self._draw(block)
+        source = int(drawn[place])
+        return self.sources[source][int(self.before[block][source] + (drawn[:place] == source).sum())]
 
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

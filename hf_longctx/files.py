@@ -94,26 +94,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def set_tokenizer_limit(folder: Path, window: int) -> None:
-    """Set `model_max_length` in tokenizer_config.json and leave every other byte as it is."""
+    """Set `model_max_length` in tokenizer_config.json and leave every other byte as it is, line ends included."""
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
-    pattern = r'("model_max_length"\s*:\s*)[0-9.eE+]+'
-    if re.search(pattern, text):
-        text = re.sub(pattern, rf"\g<1>{window}", text, count=1)
-    else:
-        text = re.sub(r"\{", '{\n  "model_max_length": ' + str(window) + ",", text, count=1)
+    text = path.read_bytes()
+    text, found = re.subn(rb'("model_max_length"\s*:\s*)(?:[0-9.eE+-]+|null|Infinity)', rb"\g<1>%d" % window, text, count=1)
+    if not found:
+        comma = b"" if re.fullmatch(rb"\s*\{\s*\}\s*", text) else b","
+        text = re.sub(rb"\{", b'{\n  "model_max_length": %d%s' % (window, comma), text, count=1)
     partial = path.with_name(path.name + ".partial")  # the file may be a hard link to the base's
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(text)
     partial.replace(path)
 
 
 def check_output(out: str | Path, overwrite: bool) -> Path:
-    """`out` as a path, once it is known to be free. Raises ValueError if it holds something and `overwrite` is off."""
+    """`out` as a path, once it is known to be free.
+
+    Raises ValueError if it holds something and `overwrite` is off, or cannot be replaced at all.
+    """
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a folder for --out")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"{path} is the working directory or holds it; give a folder of its own for --out")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"{path} already holds something; choose another --out or add --overwrite")
     return path
@@ -125,14 +129,18 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     What `out` held before survives until then (only if `overwrite` allows to replace it).
     """
-    path = check_output(out, overwrite)
+    path = check_output(out, overwrite).resolve()  # a link to a folder cannot be replaced by a folder
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = scratch.with_name(scratch.name + ".old")
     try:
         yield scratch
         scratch.chmod(0o755)
         if path.is_dir():
-            shutil.rmtree(path)
-        scratch.replace(path)
+            path.rename(aside)
+        scratch.rename(path)
     finally:
+        if aside.is_dir() and not path.exists():
+            aside.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)

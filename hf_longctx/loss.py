@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 IGNORE = -100
 _BLOCK_ELEMENTS = 2**26  # of one block of logits: 256 MiB in float32
+_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")  # keys of configurations
+_REMEDY = "set loss: model in the recipe"
 
 
 def _block(vocabulary: int) -> int:
@@ -55,9 +57,9 @@ def _block_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor,
     keep = labels != IGNORE
     index = labels.clamp(min=0)[:, None]
     loss = -(log_p.gather(1, index)[:, 0] * keep).sum()
-    d_logits = log_p.exp()
+    d_logits = log_p.exp_()  # in place: a block of logits is the largest thing alive
     d_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=d_logits.dtype))
-    return loss, (d_logits * keep[:, None]).to(hidden.dtype)
+    return loss, d_logits.mul_(keep[:, None]).to(hidden.dtype)
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -108,9 +110,17 @@ class BlockLoss:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model
+        if hasattr(model, "get_base_model"):  # PEFT
+            base = base.get_base_model()
+        self.model = base
         self.hidden: Tensor | None = None
-        self.model.get_decoder().register_forward_hook(self._keep)
+        _plain_head(base)
+        self._hook = base.get_decoder().register_forward_hook(self._keep)
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -118,12 +128,24 @@ class BlockLoss:
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         hidden, self.hidden = self.hidden, None
         assert hidden is not None, "the decoder did not run"
-        weight = self.model.get_output_embeddings().weight
+        weight = _plain_head(self.model).weight
         if weight.dtype != hidden.dtype:
             lower = min(weight.dtype, hidden.dtype, key=lambda kind: kind.itemsize)
             weight, hidden = weight.to(lower), hidden.to(lower)
         total = summed_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
-        return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum())
+        items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
+        return total / torch.as_tensor(items, device=total.device).clamp(min=1)  # all labels left out: 0, not NaN
+
+
+def _plain_head(model: Any) -> nn.Linear:
+    """The output embedding, or PEFT's trained copy of it. Raises ValueError if it is more than a matrix."""
+    head = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    if copies:
+        head = next(iter(copies.values()))
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(f"the block-wise loss needs an output embedding that is a plain matrix, got {type(head).__name__}: {_REMEDY}")
+    return head
 
 
 def check_block_loss(model: nn.Module, length: int = 64) -> None:
@@ -134,17 +156,22 @@ def check_block_loss(model: nn.Module, length: int = 64) -> None:
     """
     loss = BlockLoss(model)
     base = loss.model
+    # A cap bends small logits less than bfloat16 rounds, so the configuration is asked too.
+    declared = [key for key in _CHANGES_LOGITS if getattr(base.config, key, None) not in (None, 1)]
+    if declared:
+        loss.close()
+        raise ValueError(f"the block-wise loss does not know the {declared[0]} of {base.config.model_type}: {_REMEDY}")
     parameter = next(base.parameters())
     ids = torch.arange(3, 3 + length, device=parameter.device)[None] % base.config.vocab_size
-    with torch.no_grad(), _evaluating(model):
-        wanted = float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
-        got = float(loss(None, ids))
+    try:
+        with torch.no_grad(), _evaluating(model):
+            wanted = float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
+            got = float(loss(None, ids))
+    finally:
+        loss.close()  # a hook left behind would keep the last hidden states of every forward pass
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 2e-2
     if not abs(got - wanted) <= tolerance * abs(wanted):
-        raise ValueError(
-            f"the block-wise loss gives {got:.5f} where {base.config.model_type} itself gives {wanted:.5f} "
-            "(the family scales or caps its logits): set loss: model in the recipe"
-        )
+        raise ValueError(f"the block-wise loss gives {got:.5f} where {base.config.model_type} itself gives {wanted:.5f}: {_REMEDY}")
 
 
 @contextmanager

@@ -207,6 +207,12 @@ def require_factor(factor: float) -> None:
     require(math.isfinite(factor) and factor >= 1, f"factor must be at least 1 (1 leaves the window as it is), got {factor:g}")
 
 
+def require_positive(**values: float | None) -> None:
+    """Each of the values, by its key, is a finite number above zero, or None."""
+    for key, value in values.items():
+        require(value is None or (math.isfinite(value) and value > 0), f"{key} must be a positive number, got {value}")
+
+
 def describe(cls: type[Method]) -> dict[str, Any]:
     """Name, slots, formula, paper and fields of a method, for listings."""
     slots = [slot for slot in SLOTS if hasattr_slot(cls, slot)]
@@ -219,5 +225,5 @@ def describe(cls: type[Method]) -> dict[str, Any]:
 
 __all__ = [
     "SLOTS", "Frequencies", "Method", "RopeChange", "Shape", "describe", "field", "in_slot", "load_method", "load_methods",
-    "method", "method_class", "method_names", "require", "require_factor",
+    "method", "method_class", "method_names", "require", "require_factor", "require_positive",
 ]  # fmt: skip

@@ -7,13 +7,14 @@ verbatim and checked against its field names.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hf_longctx.method import Method, load_methods
 from hf_longctx.schema import STRICT_KEYS, Size, build, nearest
 
-SHIPPED = Path(__file__).parent / "recipes"
+SHIPPED = Path(str(resources.files("hf_longctx.recipes")))  # in an editable install it lies elsewhere
 _OURS = {"output_dir", "seed", "data_seed", "train_sampling_strategy", "remove_unused_columns"}
 
 
@@ -87,10 +88,16 @@ class Recipe:
         self.load_methods()
         _check_keys("lora", self.lora or {}, _lora_keys)
         _check_keys("train", self.train, _train_keys)
-        for key in _OURS & set(self.train):
+        for key in sorted(_OURS & set(self.train)):
             raise ValueError(f"train: {key} is set by longctx (--out, seed); leave it out")
         if self.also_train and self.lora is None:
             raise ValueError("also_train goes with lora; without it every weight is trained anyway")
+        if self.model.config is not None and self.lora is not None:
+            raise ValueError("model.config trains from scratch, and LoRA on random weights is of no use: set lora: null")
+        if self.window < 2:
+            raise ValueError("window must be at least 2 tokens: the first one predicts the second")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
 
     def load_methods(self) -> tuple[Method, ...]:
         """The methods, built and checked."""
@@ -112,15 +119,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: no such file; not YAML; an unknown, missing or wrong key, with the nearest name.
     """
     file = _find(path)
+    text = _text(file)
     try:
-        values = _yaml().load(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text") from None
+        values = _yaml().load(text)
     except Exception as error:  # ruamel.yaml has no common base for its errors
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} is not a recipe: it must hold keys such as model, methods, window, data")
-    values = dict(values)
+    values = _listed(values)
     for override in overrides:
         _override(values, override)
     return parse_recipe(values, str(path))
@@ -128,11 +134,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values. Raises ValueError as `read_recipe`."""
-    values = dict(values)
-    for key in ("data", "methods"):  # one source, one method: no list needed
-        if isinstance(values.get(key), Mapping):
-            values[key] = [values[key]]
-    return build(Recipe, values, where)
+    return build(Recipe, _listed(values), where)
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with lists for `data` and `methods`: for one source or one method users need none."""
+    return {key: [value] if key in ("data", "methods") and isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def parse_value(text: str) -> Any:
@@ -141,7 +148,7 @@ def parse_value(text: str) -> Any:
         file = Path(text[1:])
         if not file.is_file():
             raise ValueError(f"{file} does not exist")
-        text = file.read_text(encoding="utf-8")
+        text = _text(file)
     try:
         return _yaml().load(text)
     except Exception as error:
@@ -170,6 +177,13 @@ def _find(path: str | Path) -> Path:
     raise ValueError(f"no recipe file {str(path)!r}" + nearest(path, recipe_names()))
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text") from None
+
+
 def _yaml() -> Any:
     from ruamel.yaml import YAML
 
@@ -184,29 +198,25 @@ def _override(values: dict[str, Any], text: str) -> None:
     *parents, last = path.split(".")
     here: Any = values
     for part in parents:
-        here = _step(here, part, path)
-    if isinstance(here, list):
-        here[_index(here, last, path)] = parse_value(value)
-    elif isinstance(here, dict):
-        here[last] = parse_value(value)
-    else:
-        raise ValueError(f"--set {path}: {'.'.join(parents)} holds no keys")
+        here, key = _place(here, part, path)
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+    here, key = _place(here, last, path)
+    here[key] = parse_value(value)
 
 
-def _step(here: Any, part: str, path: str) -> Any:
-    if isinstance(here, list):
-        return here[_index(here, part, path)]
+def _place(here: Any, part: str, path: str) -> tuple[Any, Any]:
+    """Where `part` lies: a container and the key in it. The only item of a list needs no index: `data.path`."""
+    if isinstance(here, list) and len(here) == 1 and not part.isdigit():
+        here = here[0]
     if isinstance(here, dict):
-        if part.isdigit() and "name" in here:  # `methods.0.factor` where the recipe gives one method without a list
-            return here
-        return here.setdefault(part, {}) if here.get(part) is None else here[part]
-    raise ValueError(f"--set {path}: {part} cannot be reached")
-
-
-def _index(here: list[Any], part: str, path: str) -> int:
+        return here, part
+    if not isinstance(here, list):
+        raise ValueError(f"--set {path}: there is no {part!r} in {here!r}")
     if not part.isdigit() or int(part) >= len(here):
         raise ValueError(f"--set {path}: {part!r} is no index into a list of {len(here)}")
-    return int(part)
+    return here, int(part)
 
 
 def _check_keys(block: str, values: Mapping[str, Any], known: Any) -> None:

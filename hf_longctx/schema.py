@@ -7,6 +7,7 @@ declared once and its type, its error message and its JSON schema follow.
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
@@ -22,11 +23,11 @@ def parse_size(value: Any) -> int:
     Lower-case `k` and `m` are powers of two, as in window sizes; upper-case `K`, `M` and `B` are powers of ten, as in
     "200M training tokens". Raises ValueError for anything that is not a positive whole number of tokens.
     """
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmKMB]?)\s*", str(value))
+    match = re.fullmatch(r"\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)\s*([kmKMB]?)\s*", str(value))
     if match is None or isinstance(value, bool):
         raise ValueError(f"expected a number of tokens such as 2048, 2k or 128k, got {value!r}")
-    size = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2]]
-    if size != int(size) or size < 1:
+    size = Fraction(re.sub("[_,]", "", match[1])) * _UNITS[match[2]]
+    if size.denominator != 1 or size < 1:
         raise ValueError(f"expected a whole, positive number of tokens, got {value!r}")
     return int(size)
 

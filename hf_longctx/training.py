@@ -4,9 +4,12 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_longctx import checkpoint, files
@@ -33,7 +37,8 @@ from hf_longctx.integration import rope
 from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
-from hf_longctx.recipe import Recipe, dump_recipe, parse_recipe, read_recipe
+from hf_longctx.recipe import DataSource, ModelSpec, Recipe, dump_recipe, parse_recipe, read_recipe
+from hf_longctx.schema import nearest
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
@@ -56,7 +61,7 @@ class Plan:
     batch: int  # examples of one optimizer step, over all processes
     steps: int
 
-    @property
+    @cached_property
     def dataset(self) -> Mixture:
         """The examples of the whole run, in order."""
         weights = [source.weight for source in self.recipe.data]
@@ -85,11 +90,24 @@ def plan(recipe: Recipe) -> Plan:
         for number, source in enumerate(recipe.data)
     )
     for source, windows in zip(recipe.data, sources, strict=True):
-        if len(windows) == 0:
-            longest = int(max(windows.documents.lengths, default=0))
-            raise ValueError(f"{source.path} has no document of {recipe.window} tokens (the longest has {longest}); set a smaller window or short: pack")
+        _check_windows(source, windows, config)
     batch = _batch(recipe.train)
     return Plan(recipe, model_side, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch))
+
+
+def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfig) -> None:
+    """Raises ValueError if a source has no example, or one that the model cannot read rightly."""
+    if len(windows) == 0:
+        longest = int(max(windows.documents.lengths, default=0))
+        raise ValueError(f"{source.path} has no document of {windows.window} tokens (the longest has {longest}); set a smaller window or short: pack")
+    if source.path.endswith(".npz") and int(windows.documents.ids.max()) >= config.vocab_size:
+        raise ValueError(f"{source.path} holds token id {windows.documents.ids.max()}, but the model's vocabulary has {config.vocab_size}")
+    # The mask of a packed row takes the place of every layer's own.
+    reach = int(getattr(config, "sliding_window", None) or 0)
+    slides = reach > 0 and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if windows.packs and slides and reach < windows.window:
+        reason = f"whose layers slide over {reach} tokens"
+        raise ValueError(f"{source.path}: documents cannot be packed for {config.model_type}, {reason}; set short: drop")
 
 
 def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -109,23 +127,26 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
         Interrupted: SIGINT; the state was saved.
     """
     recipe = as_recipe(recipe)
-    folder = Path(out)
-    last = _prepare_output(folder, recipe, resume, overwrite)
+    folder = Path(out).expanduser()
+    if not resume:
+        _check_free(folder, recipe, overwrite)
+    last = _resume_from(folder, recipe) if resume else None
     arguments = _arguments(recipe, folder)
-    with arguments.main_process_first(desc="tokenising"):
+    with arguments.main_process_first(desc="tokenising"):  # one process fills the caches, the others read them
         what = plan(recipe)
     set_seed(recipe.seed)
     model, mark = _build_model(what)
-    if recipe.loss == "blocks":
-        check_block_loss(model)
     trainer = _trainer(what, model, arguments)
+    main = trainer.is_world_process_zero()
+    if main and not resume:
+        _start_folder(folder, recipe)
     guard = _Interrupt()
     trainer.add_callback(guard)
     with guard:
         trainer.train(resume_from_checkpoint=last)
     if guard.asked:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; add --resume to go on")
-    if trainer.is_world_process_zero():
+    if main:
         _save_result(what, model, folder, mark)
     return folder
 
@@ -160,11 +181,7 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 def _config_and_tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     spec = recipe.model
     if spec.config is not None:
-        keys = dict(spec.config)
-        if "model_type" not in keys or not spec.tokenizer:
-            raise ValueError("model: training from scratch needs config.model_type and a tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(files.local_folder(spec.tokenizer, weights=False) if not Path(spec.tokenizer).exists() else spec.tokenizer)
-        return AutoConfig.for_model(keys.pop("model_type"), **keys), tokenizer
+        return _fresh_config_and_tokenizer(spec)
     assert spec.name is not None
     if checkpoint.is_gguf(spec.name):
         path = Path(spec.name)
@@ -175,6 +192,24 @@ def _config_and_tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedT
     if (folder / files.ADAPTER).exists():
         raise ValueError(f"{spec.name} is an adapter; merge it first (`longctx merge`), then train the result")
     return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _fresh_config_and_tokenizer(spec: ModelSpec) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    keys = dict(spec.config or {})
+    if "model_type" not in keys or not spec.tokenizer:
+        raise ValueError("model: training from scratch needs config.model_type and a tokenizer")
+    kind = keys.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model.config: unknown model_type {kind!r}" + nearest(kind, CONFIG_MAPPING.keys()))
+    known = {*AutoConfig.for_model(kind).to_dict(), *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"}
+    for key in keys:
+        if key not in known:  # Transformers would keep it and ignore it
+            raise ValueError(f"model.config: unknown key {key!r}" + nearest(key, known))
+    folder = spec.tokenizer if Path(spec.tokenizer).exists() else files.local_folder(spec.tokenizer, weights=False)
+    config, tokenizer = AutoConfig.for_model(kind, **keys), AutoTokenizer.from_pretrained(folder)
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"model.config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    return config, tokenizer
 
 
 def _sampler(chosen: tuple[Method, ...], window: int, target: int, config: PretrainedConfig) -> Method:
@@ -196,60 +231,79 @@ def _sampler(chosen: tuple[Method, ...], window: int, target: int, config: Pretr
     return replace(sampler, target=wanted)  # type: ignore[call-arg]
 
 
+def _count(train: Mapping[str, Any], key: str, default: int) -> float:
+    value = train.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"train: {key} must be a number, got {value!r}")
+    return value
+
+
 def _batch(train: Mapping[str, Any]) -> int:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return int(train.get("per_device_train_batch_size", 8)) * world * int(train.get("gradient_accumulation_steps", 1))
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate; a plan needs no process group
+    return int(_count(train, "per_device_train_batch_size", 8)) * world * int(_count(train, "gradient_accumulation_steps", 1))
 
 
 def _steps(train: Mapping[str, Any], windows: int, batch: int) -> int:
-    steps = int(train.get("max_steps", -1))
-    return steps if steps > 0 else max(1, round(float(train.get("num_train_epochs", 1)) * windows / batch))
+    steps = int(_count(train, "max_steps", -1))
+    return steps if steps > 0 else max(1, round(_count(train, "num_train_epochs", 1) * windows / batch))
 
 
-def _arguments(recipe: Recipe, out: Path, steps: int | None = None) -> TrainingArguments:
+def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
+    """What the recipe says, but for the length: that is one epoch of the plan's dataset, which holds every example of the run."""
     cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported() and not recipe.train.get("fp16")
+    defaults: dict[str, Any] = {
+        "bf16": bf16, "logging_steps": 10, "save_total_limit": 2, "dataloader_num_workers": 2 if cuda else 0, "dataloader_pin_memory": cuda,
+    }  # fmt: skip
     ours = {
         "output_dir": str(out), "seed": recipe.seed, "data_seed": recipe.seed, "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False, "num_train_epochs": 1,
+        "remove_unused_columns": False, "num_train_epochs": 1, "max_steps": -1,
     }  # fmt: skip
-    defaults = {"bf16": cuda and torch.cuda.is_bf16_supported(), "logging_steps": 10, "save_total_limit": 2, "dataloader_num_workers": 2 if cuda else 0}
     try:
-        return TrainingArguments(**(defaults | recipe.train | ours | ({} if steps is None else {"max_steps": steps})))
+        arguments = TrainingArguments(**(defaults | recipe.train | ours))
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {error}") from None
+    if recipe.loss == "blocks" and (arguments.fsdp or arguments.deepspeed):
+        raise ValueError("train: fsdp and deepspeed split the output embedding: set loss: model in the recipe")
+    return arguments
 
 
-def _prepare_output(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to resume from, if any. Every process decides alike; only the first touches the folder."""
-    main = int(os.environ.get("RANK", "0")) == 0
-    if resume:
-        if not (folder / RECIPE_FILE).exists():
-            raise ValueError(f"{folder} holds no run to resume: there is no {RECIPE_FILE} in it")
-        if read_recipe(folder / RECIPE_FILE) != recipe:
-            raise ValueError(f"the recipe differs from the one in {folder / RECIPE_FILE}; resume with that one, or choose another --out")
-        return last_checkpoint(folder)
+def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Raises ValueError if `folder` is in use, or holds what the run reads. Nothing is touched before the recipe is known to work."""
     files.check_output(folder, overwrite)
-    if main:
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        dump_recipe(recipe, folder / RECIPE_FILE)
-    return None
+    for given in (recipe.model.name, recipe.model.tokenizer, *(source.path for source in recipe.data)):
+        path = Path(given or "").expanduser()
+        if given and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder} holds {given}, which this run reads; choose another --out")
+
+
+def _resume_from(folder: Path, recipe: Recipe) -> str | None:
+    """The checkpoint to go on from; None if the run was stopped before its first."""
+    if not (folder / RECIPE_FILE).exists():
+        raise ValueError(f"{folder} holds no run to resume: there is no {RECIPE_FILE} in it")
+    if read_recipe(folder / RECIPE_FILE) != recipe:
+        raise ValueError(f"the recipe differs from the one in {folder / RECIPE_FILE}; resume with that one, or choose another --out")
+    return last_checkpoint(folder)
+
+
+def _start_folder(folder: Path, recipe: Recipe) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    dump_recipe(recipe, folder / RECIPE_FILE)
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint; trainer_state.json is written last, so one without it was cut short."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-    whole = [p for p in found if _readable(p / "trainer_state.json")]
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+    found = [p for p in folder.glob("checkpoint-*") if _readable(p / "trainer_state.json") and list(p.glob("optimizer*"))]
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
 def _readable(path: Path) -> bool:
     try:
-        files.read_json(path)
-    except ValueError:
+        return bool(files.read_json(path))
+    except (OSError, ValueError):
         return False
-    return True
 
 
 def _build_model(what: Plan) -> tuple[nn.Module, str]:
@@ -262,11 +316,9 @@ def _build_model(what: Plan) -> tuple[nn.Module, str]:
         dtype = "float32" if recipe.lora is None and spec.dtype == "auto" else None if spec.dtype == "auto" else spec.dtype
         assert spec.name is not None
         model = checkpoint.load(spec.name, methods=what.methods, revision=spec.revision, dtype=dtype, attn_implementation=spec.attn_implementation).model
-    model.train()
     mark = checkpoint.fingerprint(model)
-    if recipe.lora is None:
-        return model, mark
-    return _add_lora(model, recipe), mark
+    model.train()
+    return (model if recipe.lora is None else _add_lora(model, recipe)), mark
 
 
 def _add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
@@ -286,19 +338,35 @@ def _add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         raise ValueError(f"lora: {error}") from None
 
 
+class _Trainer(Trainer):
+    """Trainer with the speed in its logs, so that the history, any tracker and our line show the same numbers."""
+
+    progress: "Progress"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.progress.speed(self.state.global_step))
+        super().log(logs, start_time)
+
+
 def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trainer:
     recipe = what.recipe
-    arguments.max_steps = what.steps
+    blocks = recipe.loss == "blocks"
+    if blocks:
+        check_block_loss(model)
     if recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50):
         compile_layers(model)
-    blocks = recipe.loss == "blocks"
-    trainer = Trainer(
+    if arguments.n_gpu > 1:  # Trainer would take nn.DataParallel, which multiplies the batch and tears the forward pass from its loss
+        logger.warning("%d GPUs are here, and one is used; --num-gpus or torchrun takes more", arguments.n_gpu)
+        arguments._n_gpu = 1
+    trainer = _Trainer(
         model=model, args=arguments, train_dataset=what.dataset, processing_class=None,
         data_collator=_Collator(blocks), compute_loss_func=BlockLoss(model) if blocks else None,
     )  # fmt: skip
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
-    trainer.add_callback(Progress(what.batch * recipe.window))
+    trainer.progress = Progress(what.batch * recipe.window)
+    trainer.add_callback(trainer.progress)
     return trainer
 
 
@@ -315,45 +383,61 @@ class _Collator:
 def compile_layers(model: nn.Module) -> None:
     """torch.compile each decoder layer by itself: layers share one graph, so compilation takes seconds, and the mask is made
     outside, where Transformers sees that ones need none and keeps the causal flash kernel."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in base.get_decoder().layers:
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT
+        base = base.get_base_model()
+    layers = next(part for part in base.get_decoder().children() if isinstance(part, nn.ModuleList))
+    for layer in layers:
         layer.compile(dynamic=False)
 
 
-def _save_result(what: Plan, model: nn.Module, folder: Path, mark: str) -> None:
+def _save_result(what: Plan, model: Any, folder: Path, mark: str) -> None:
     """The adapter with its sidecar and patched configuration, or the whole model."""
-    recipe = what.recipe
-    if recipe.lora is None:
-        plain: Any = model
-        tokenizer = what.tokenizer
-        tokenizer.model_max_length = what.target
-        checkpoint.save(plain, tokenizer, folder)
+    if what.recipe.lora is None:
+        what.tokenizer.model_max_length = what.target
+        checkpoint.save(model, what.tokenizer, folder)
         return
-    model.save_pretrained(str(folder))  # type: ignore[operator]
-    for leftover in folder.glob("README.md"):  # PEFT's empty card
-        leftover.unlink()
-    spec = recipe.model
-    if spec.name and not checkpoint.is_gguf(spec.name):
-        source = files.local_folder(spec.name, spec.revision)
-        for path in files.companions(source):
-            if path.name != "generation_config.json":
-                files.place(path, folder)
-        checkpoint.finish_folder(folder, what.config, {}, files.read_json(source / "config.json"))
-    else:
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    spec = what.recipe.model
+    assert spec.name is not None  # LoRA has a base
+    local = Path(spec.name).expanduser()
+    revision = None
+    if checkpoint.is_gguf(spec.name):
         what.config.save_pretrained(folder)
         what.tokenizer.save_pretrained(folder)
         files.set_tokenizer_limit(folder, what.target)
-    name = str(Path(spec.name).resolve()) if spec.name and Path(spec.name).exists() else str(spec.name)
-    revision = None if Path(str(spec.name)).exists() else files.commit_of(files.local_folder(str(spec.name), spec.revision))
-    checkpoint.write_sidecar(folder, name, revision, what.methods, mark, what.target)
+    else:
+        source = files.local_folder(spec.name, spec.revision)
+        revision = files.commit_of(source)
+        for path in files.companions(source):
+            if path.name != "generation_config.json":
+                (folder / path.name).unlink(missing_ok=True)  # there already when a finished run is resumed
+                files.place(path, folder)
+        checkpoint.finish_folder(folder, what.config, {}, files.read_json(source / "config.json"))
+    name = str(local.resolve()) if local.exists() else spec.name
+    checkpoint.write_sidecar(folder, name, None if local.exists() else revision, what.methods, mark, what.target)
 
 
 class Progress(TrainerCallback):
-    """One line: steps, ETA, loss, tokens/s, peak memory. The same numbers go to Trainer's logs, hence to any tracker."""
+    """One line: steps, ETA, loss, tokens/s, peak memory."""
 
     def __init__(self, tokens_per_step: int):
         self.tokens = tokens_per_step
         self.bar: Any = None
+        self.since = (0, time.perf_counter())
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Tokens per second since the last call, tokens seen, peak memory."""
+        before, then = self.since
+        self.since = (step, time.perf_counter())
+        values: dict[str, float] = {
+            "tokens_per_second": round(self.tokens * (step - before) / max(self.since[1] - then, 1e-9)),
+            "tokens_seen": step * self.tokens,
+        }
+        if torch.cuda.is_available():
+            values["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return values
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm.auto import tqdm
@@ -367,16 +451,7 @@ class Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        step, before = self.since
-        now = time.perf_counter()
-        logs["tokens_per_second"] = round(self.tokens * (state.global_step - step) / max(now - before, 1e-9))
-        logs["tokens_seen"] = state.global_step * self.tokens
-        if torch.cuda.is_available():
-            logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.since = (state.global_step, now)
-        if self.bar is not None:
+        if self.bar is not None and logs is not None and "loss" in logs:
             memory = f", {logs['peak_memory_gib']} GiB" if "peak_memory_gib" in logs else ""
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tok/s{memory}")
 
@@ -390,12 +465,12 @@ class _Interrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.when = 0.0
 
     def __enter__(self) -> "_Interrupt":
-        try:
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody handle signals
             self.before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not in the main thread: leave signals alone
-            self.before = None
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -403,12 +478,17 @@ class _Interrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.when > 1:  # torchrun passes on the signal that the terminal has sent already
             raise KeyboardInterrupt
-        self.asked = True
-        logger.warning("interrupted: saving after this step (press again to stop at once)")
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
+            logger.warning("interrupted: saving after this step (press again to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # the signal reaches the processes at different steps; they must stop at the same one
+            flag = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.asked = bool(flag)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         elif self.asked:
@@ -418,21 +498,30 @@ class _Interrupt(TrainerCallback):
 def estimate_memory(what: Plan) -> dict[str, float]:
     """Rough peak of a training step on one device in GiB, by component; measured runs lie within about 30 %."""
     recipe, config = what.recipe, what.config
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    trained = total
-    if recipe.lora is not None:
-        model = _add_lora(model, recipe)  # type: ignore[arg-type]
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    half = recipe.lora is not None and torch.cuda.is_available()
-    tokens = int(recipe.train.get("per_device_train_batch_size", 8)) * recipe.window
+    total, trained = _parameters(what)
+    half = recipe.lora is not None and torch.cuda.is_available() and recipe.model.dtype != "float32"
+    added = 0 if recipe.lora is None else trained * 4
+    tokens = int(_count(recipe.train, "per_device_train_batch_size", 8)) * recipe.window
     width, inner, layers = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.num_hidden_layers
     per_layer = tokens * 2 * (10 * width + 5 * inner)  # 16-bit activations kept for backward
-    kept = tokens * 2 * width * layers + per_layer if recipe.train.get("gradient_checkpointing") else per_layer * layers
-    logits = tokens * config.vocab_size * 8 if recipe.loss == "model" else 3 * 2**28
-    parts = {"weights": total * (2 if half else 4), "gradients and optimizer": trained * 12, "activations": kept, "logits": logits}
+    recomputed = any(recipe.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
+    parts = {
+        "weights": total * (2 if half else 4) + added,
+        "gradients and optimizer": trained * 12,
+        "activations": tokens * 2 * width * layers + per_layer if recomputed else per_layer * layers,
+        "logits": tokens * config.vocab_size * 8 if recipe.loss == "model" else 3 * 2**28,
+    }
     return {name: size / 2**30 for name, size in parts.items()} | {"total": sum(parts.values()) / 2**30}
+
+
+def _parameters(what: Plan) -> tuple[int, int]:
+    """How many the base has, and how many are trained; counted on a model without storage."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(what.config)
+    total = sum(p.numel() for p in model.parameters())
+    if what.recipe.lora is None:
+        return total, total
+    return total, sum(p.numel() for p in _add_lora(model, what.recipe).parameters() if p.requires_grad)
 
 
 def _show(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -441,7 +530,7 @@ def _show(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
     breaks = [0, *((positions[1:] - positions[:-1] != 1).nonzero()[0] + 1).tolist(), len(ids)]
     chunks = [
         {"positions": [int(positions[a]), int(positions[b - 1])], "tokens": b - a, "text": tokenizer.decode(ids[a : min(a + 12, b)])}
-        for a, b in zip(breaks[:4], breaks[1:5], strict=False)
+        for a, b in pairwise(breaks[:5])
     ]
     return {"chunks": chunks, "more": max(0, len(breaks) - 1 - len(chunks)), "labels": int((row["labels"] >= 0).sum())}
 

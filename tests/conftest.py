@@ -1,5 +1,6 @@
 """Shared fixtures: tiny real models and a tiny tokenizer, built here, and ../shared where it is."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -75,6 +77,25 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokens(tmp_path_factory) -> Path:
+    """An .npz file of twelve documents of 200 tokens that `base` knows, with something to learn in them."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, *[np.cumsum(rng.integers(0, 3, 200)) % 250 + 3 for _ in range(12)])
+    return path
+
+
+@pytest.fixture
+def recipe(base, tokens) -> dict:
+    """A recipe of six steps on `base`, window 32 of 64, YaRN x 4, PoSE; a second's work. A fresh copy: change it freely."""
+    return {
+        "model": {"name": str(base)}, "methods": [{"name": "yarn", "factor": 4}, {"name": "pose", "chunks": 2}],
+        "window": 32, "data": {"path": str(tokens)}, "lora": {"r": 4, "target_modules": "all-linear"},
+        "train": {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder ../shared; the test is skipped where it is missing."""
     if not (SHARED / "README.md").exists():
@@ -93,3 +114,17 @@ def smollm2(shared, tmp_path_factory) -> Path:
     if done.returncode:
         pytest.skip(f"SmolLM2 cannot be had here: {done.stderr.strip().splitlines()[-1]}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """`family_folder("phi3")`: a checkpoint folder of that family with a tokenizer, made once; treat it as read-only."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        tiny_model(family).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make

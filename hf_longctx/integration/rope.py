@@ -16,7 +16,7 @@ from hf_longctx.method import Frequencies, RopeChange, Shape
 
 _SCALED_STATIC = {"linear", "llama3", "yarn"}  # trained types whose frequencies can be read once and scaled further
 _KEPT = ("rope_theta", "partial_rotary_factor")  # what survives of the trained parameters when the type changes
-_ONLY_LONGROPE = {"phi3", "phimoe", "phi4_multimodal"}  # these configurations accept no other scaled type
+_ONLY_LONGROPE = {"phi3"}  # these configurations accept no other scaled type
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -27,6 +27,8 @@ def check_supported(config: PretrainedConfig) -> None:
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or getattr(config, "alibi", False):
         raise ValueError(f"{family} has no rotary position embedding, so there is no rope to change")
+    if family == "phimoe":
+        raise ValueError("phimoe multiplies cos and sin by a long_mscale and a short_mscale of its own, which is not supported")
     if getattr(config, "kv_lora_rank", None) or getattr(config, "qk_rope_head_dim", None):
         raise ValueError(f"{family} uses multi-head latent attention (MLA), whose decoupled RoPE is not supported")
     extended = _entry(parameters, config)
@@ -34,7 +36,8 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{family} uses a multi-axis RoPE ({'mrope_section' if 'mrope_section' in extended else 'axial'}), which is not supported")
     if trained_parameters(config).get("rope_type") not in {"default", *_SCALED_STATIC} and not _one_list(_entry(trained_rope(config), config)):
         kind = _entry(trained_rope(config), config)["rope_type"]
-        raise ValueError(f"{family} was trained with rope_type {kind!r}, whose frequencies depend on the length; it cannot be scaled further")
+        why = "whose frequencies depend on the length" if kind in ("dynamic", "longrope") else "which we cannot read"
+        raise ValueError(f"{family} was trained with rope_type {kind!r}, {why}; it cannot be scaled further")
 
 
 def trained_rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -83,18 +86,20 @@ def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, A
     """The `rope_parameters` that make Transformers compute `change`, starting from the trained ones.
 
     Where Transformers has no type for it, or the family accepts few types, the same frequencies are written as `longrope`
-    with two equal lists of factors.
+    with two equal lists of factors. Raises ValueError where that form cannot hold them: they depend on the length.
     """
     trained = trained_rope(config)
     flat = _entry(trained, config)
-    kept = {key: flat[key] for key in _KEPT if flat.get(key) is not None}
-    narrow = config.model_type in _ONLY_LONGROPE and (change.native or {}).get("rope_type") not in ("default", "longrope")
-    if change.native is None or narrow:
-        keys = _as_longrope(change, kept["rope_theta"])
-    else:
-        keys = dict(change.native)
-    new = kept | keys
     key = layer_type(config)
+    kept = {name: flat[name] for name in _KEPT if flat.get(name) is not None}
+    native = dict(change.native or {})
+    narrow = config.model_type in _ONLY_LONGROPE and native.get("rope_type") not in ("default", "longrope")
+    unread = key is not None and "truncate" in native  # Transformers looks for it beside, not inside, the layer types
+    if not native or narrow or unread:
+        if len(change.at) > 1:
+            raise ValueError(f"{config.model_type} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")
+        native = _as_longrope(change, kept["rope_theta"])
+    new = kept | native
     return new if key is None else {**copy.deepcopy(dict(trained)), key: new}
 
 
@@ -102,8 +107,7 @@ def apply(config: PretrainedConfig, change: RopeChange) -> None:
     """Write `change` into a configuration object; modules built from it afterwards follow it."""
     parameters = rope_parameters(config, change)
     window = change.window if change.raise_limit else trained_window(config)
-    if hasattr(config, "original_max_position_embeddings"):  # phi3: Transformers prefers it to the key in rope_parameters
-        config.original_max_position_embeddings = _entry(parameters, config).get("original_max_position_embeddings", window)
+    _set_original(config, _entry(parameters, config).get("original_max_position_embeddings", window))
     config.rope_parameters = parameters
     config.max_position_embeddings = window
     config.validate_rope()
@@ -130,11 +134,11 @@ def rotary_module(config: PretrainedConfig) -> nn.Module:
         small.layer_types = list(types)[:1]
     small.num_hidden_layers = 1
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(small)
-    found = next(_rotary_children(skeleton), None)
-    if found is None:
-        raise ValueError(f"{config.model_type} has no rotary module that Transformers builds from the configuration")
-    return type(found[2])(config=config)
+        try:
+            skeleton = AutoModelForCausalLM.from_config(small)
+        except Exception:  # a family whose layers cannot be cut to one
+            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return type(rotary_of(skeleton))(config=config)
 
 
 def frequencies(module: nn.Module, key: str | None) -> Frequencies:
@@ -171,8 +175,11 @@ def layer_type(config: PretrainedConfig) -> str | None:
 
 
 def rotary_of(model: nn.Module) -> nn.Module:
-    """The rotary module of a live model."""
-    return next(_rotary_children(model))[2]
+    """The rotary module of a live model. Raises ValueError if it has none that is built from the configuration."""
+    found = next(_rotary_children(model), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no rotary module that Transformers builds from the configuration")
+    return found[2]
 
 
 def unslide(config: PretrainedConfig, window: int) -> dict[str, Any]:
@@ -201,6 +208,8 @@ def legacy_keys(config: PretrainedConfig) -> dict[str, Any]:
     scaling = {k: v for k, v in flat.items() if k not in _KEPT}
     scaled = scaling.get("rope_type", "default") != "default"
     keys: dict[str, Any] = {"rope_theta": flat["rope_theta"], "rope_scaling": scaling if scaled else None}
+    if _declares_original(config):
+        keys["original_max_position_embeddings"] = config.original_max_position_embeddings
     if "partial_rotary_factor" in flat:
         name = "rotary_pct" if config.model_type == "gpt_neox" else "partial_rotary_factor"
         keys[name] = flat["partial_rotary_factor"]
@@ -216,14 +225,41 @@ def legacy_keys(config: PretrainedConfig) -> dict[str, Any]:
 def _legacy_longrope(config: PretrainedConfig, scaling: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers 4 takes the trained window of longrope from the top level; its phi3 accepts no attention factor at all
     and derives one as sqrt(1 + ln(window / original) / ln(original)), so `original` is chosen to give the one we mean.
-    With two equal lists it decides nothing else."""
+    With two equal lists it decides nothing else. `original` is a whole number: where none comes close enough, all keys are
+    written, and phi3 of Transformers 4 refuses them instead of computing something else."""
     original = scaling["original_max_position_embeddings"]
+    meant = scaling.get("attention_factor")
     if config.model_type not in _ONLY_LONGROPE:
         return {"original_max_position_embeddings": original}
-    if scaling["short_factor"] == scaling["long_factor"]:
-        original = round(config.max_position_embeddings ** (1 / scaling.get("attention_factor", 1.0) ** 2))
     lists = {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
-    return {"original_max_position_embeddings": original, "rope_scaling": lists}
+    if meant is None:  # read from a file of ours, or from a vendor's: it is derived from `original` already
+        return {"original_max_position_embeddings": original, "rope_scaling": lists}
+    window = config.max_position_embeddings
+    derived = original
+    if scaling["short_factor"] == scaling["long_factor"] and meant >= 1:
+        derived = max(2, round(window ** (1 / meant**2)))
+    if abs(math.sqrt(max(1.0, math.log(window) / math.log(derived))) / meant - 1) > 5e-6:
+        return {"original_max_position_embeddings": original, "rope_scaling": dict(scaling)}
+    return {"original_max_position_embeddings": derived, "rope_scaling": lists}
+
+
+def read_by_v4(config: PretrainedConfig) -> bool:
+    """False where Transformers 4 refuses the configuration that `legacy_keys` writes."""
+    scaling = legacy_keys(config)["rope_scaling"]
+    return config.model_type not in _ONLY_LONGROPE or not scaling or len(scaling) == 3
+
+
+def _declares_original(config: PretrainedConfig) -> bool:
+    """phi3: Transformers prefers its top-level `original_max_position_embeddings` to the key in `rope_parameters`."""
+    return hasattr(type(config), "original_max_position_embeddings")
+
+
+def _set_original(config: PretrainedConfig, value: int) -> None:
+    """Set the top-level key where the family has one; elsewhere remove one that a file brought, since it would win as well."""
+    if _declares_original(config):
+        config.original_max_position_embeddings = value
+    elif hasattr(config, "original_max_position_embeddings"):
+        del config.original_max_position_embeddings
 
 
 def _as_longrope(change: RopeChange, theta: float) -> dict[str, Any]:
@@ -242,6 +278,7 @@ def _as_trained(config: PretrainedConfig) -> PretrainedConfig:
     before = copy.deepcopy(config)
     before.rope_parameters = copy.deepcopy(dict(trained_rope(config)))
     before.max_position_embeddings = trained_window(config)
+    _set_original(before, trained_parameters(config).get("original_max_position_embeddings", before.max_position_embeddings))
     return before
 
 

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from hf_longctx.method import Method, require
+from hf_longctx.method import Method, require_positive
 from hf_longctx.schema import Size
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ class Cream(Method):
     a N / 2 - tail - 1, with N the window and f = target / N. A coin per example makes head and tail a third of the window
     ("relativity") or 4 f tokens ("continuity").
 
-    Two departures from the published script, where it misbehaves: the coin is tossed per example (there: per 3,000), and
-    sigma defaults to 0.375 f (there: 3 whatever f, which at f = 64 never trains 31 % of the distances); head and tail never
-    take more than a third of the window each."""
+    Departures from the published script, where it misbehaves: the coin is tossed per example (there: per 3,000); sigma
+    defaults to 0.375 f (there: 3 whatever f, which at f = 64 never trains 31 % of the distances); a is not rounded down to a
+    whole number; head and tail never take more than a third of the window each."""
 
     paper = "arXiv:2406.07138"
     target: Size | None = None  # tokens; by default the patched model's window
     sigma: float | None = None  # of the middle's place, in units of half a window; default 0.375 target / window
 
     def __post_init__(self) -> None:
-        require(self.sigma is None or self.sigma > 0, f"sigma must be positive, got {self.sigma}")
+        require_positive(sigma=self.sigma)
 
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
         import numpy as np
@@ -48,13 +49,9 @@ class Cream(Method):
         """The position of the middle segment's last token."""
         assert self.target is not None
         factor = self.target / window
-        sigma = self.sigma or 0.375 * factor
-        alpha = -1.0
-        while not 2 <= alpha <= 2 * factor:
-            if factor == 1:
-                alpha = 2.0
-                break
-            alpha = rng.normal(1 + factor, sigma)
+        normal = NormalDist(1 + factor, self.sigma or 0.375 * factor)
+        place = rng.uniform(normal.cdf(2), normal.cdf(2 * factor))  # inverting the CDF costs the same for any sigma, rejection does not
+        alpha = min(max(normal.inv_cdf(min(max(place, 1e-300), 1 - 1e-16)), 2.0), 2 * factor)
         low = int(edge + (middle - 1) * alpha / 2)
         high = int(alpha / 2 * window) - edge - 1
         end = int(rng.integers(low, max(low, high), endpoint=True))

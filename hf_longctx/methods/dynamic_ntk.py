@@ -21,6 +21,7 @@ class DynamicNtk(Method):
 
     def rope(self, shape: Shape) -> RopeChange:
         require(shape.plain, f"dynamic_ntk needs a model trained with plain RoPE; this one was trained with {shape.rope_type}")
+        require(shape.rotary_dim > 2, "dynamic_ntk stretches the pairs against each other; this model rotates only one")
         longest = round(shape.window * self.factor)
         native = {"rope_type": "dynamic", "factor": float(self.factor)}
         lengths = {shape.window, longest}

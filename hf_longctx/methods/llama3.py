@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
+from hf_longctx.method import Method, RopeChange, Shape, require, require_factor, require_positive
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Llama3(Method):
 
     def __post_init__(self) -> None:
         require_factor(self.factor)
+        require_positive(low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
         require(
-            self.high_freq_factor > self.low_freq_factor > 0,
+            self.high_freq_factor > self.low_freq_factor,
             f"high_freq_factor must be above low_freq_factor, got {self.high_freq_factor:g} and {self.low_freq_factor:g}",
         )
 

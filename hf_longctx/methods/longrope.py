@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hf_longctx.method import Frequencies, Method, RopeChange, Shape, require, require_factor
+from hf_longctx.method import Frequencies, Method, RopeChange, Shape, require, require_factor, require_positive
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Longrope(Method):
 
     def __post_init__(self) -> None:
         require_factor(self.factor)
+        require_positive(attention_factor=self.attention_factor)
         for name, values in (("long_factor", self.long_factor), ("short_factor", self.short_factor or ())):
             bad = next((v for v in values if not (math.isfinite(v) and v > 0)), None)
             require(bad is None, f"{name} must hold positive numbers, got {bad}")

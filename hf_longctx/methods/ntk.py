@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_longctx.method import Method, RopeChange, Shape, require_factor
+from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Ntk(Method):
 
     def rope(self, shape: Shape) -> RopeChange:
         dim = shape.rotary_dim
+        require(dim > 2, "ntk stretches the pairs against each other; this model rotates only one")
         scaled = [f * self.factor ** (-2 * j / (dim - 2)) for j, f in enumerate(shape.trained.inv_freq)]
         base = shape.theta * self.factor ** (dim / (dim - 2))
         native = {"rope_type": "default", "rope_theta": base} if shape.plain else None

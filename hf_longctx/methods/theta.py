@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_longctx.method import Method, RopeChange, Shape, require
+from hf_longctx.method import Method, RopeChange, Shape, require, require_positive
 from hf_longctx.schema import Size
 
 
@@ -15,6 +15,7 @@ class Theta(Method):
     target: Size  # tokens
 
     def __post_init__(self) -> None:
+        require_positive(theta=self.theta)
         require(self.theta > 1, f"theta must be above 1, got {self.theta:g}")
 
     def rope(self, shape: Shape) -> RopeChange:

@@ -5,10 +5,11 @@ Follows the authors' code and Transformers: the ramp is linear in the *dimension
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
+from hf_longctx.method import Method, RopeChange, Shape, require, require_factor, require_positive
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Yarn(Method):
 
     def __post_init__(self) -> None:
         require_factor(self.factor)
-        require(
-            self.beta_fast > self.beta_slow > 0,
-            f"beta_fast must be above beta_slow, both positive; got {self.beta_fast:g} and {self.beta_slow:g}",
+        require_positive(
+            beta_fast=self.beta_fast, beta_slow=self.beta_slow, attention_factor=self.attention_factor, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim
         )
+        require(self.beta_fast > self.beta_slow, f"beta_fast must be above beta_slow, got {self.beta_fast:g} and {self.beta_slow:g}")
         require(
             (self.mscale is None) == (self.mscale_all_dim is None),
             "mscale and mscale_all_dim come together: the attention factor is their ratio",
@@ -64,6 +65,8 @@ class Yarn(Method):
 
     def _pair_that_turns(self, turns: float, shape: Shape) -> float:
         """The (fractional) pair index whose frequency makes `turns` rotations over the trained window."""
+        if not shape.plain:
+            return _place_of(turns * 2 * math.pi / shape.window, shape.trained.inv_freq)
         return shape.rotary_dim * math.log(shape.window / (turns * 2 * math.pi)) / (2 * math.log(shape.theta))
 
     def _temperature(self) -> float:
@@ -85,6 +88,13 @@ class Yarn(Method):
         }
         base = {"rope_type": "yarn", "factor": float(self.factor), "original_max_position_embeddings": shape.window}
         return base | {key: value for key, value in keys.items() if value is not None}
+
+
+def _place_of(freq: float, trained: Sequence[float]) -> float:
+    """Where `freq` lies among falling frequencies that follow no geometric law: between two, in proportion to their logarithms."""
+    after = next((j for j, f in enumerate(trained) if f <= freq), len(trained))
+    j = min(max(after - 1, 0), len(trained) - 2)  # outside, the law of the outermost two is continued
+    return j + math.log(trained[j] / freq) / math.log(trained[j] / trained[j + 1])
 
 
 def _log_scale(factor: float, weight: float) -> float:

@@ -1,0 +1,228 @@
+"""The block loss: equal to cross entropy on full logits, never holding them, refused where a family changes its logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_longctx import loss as L
+from hf_longctx.loss import IGNORE, BlockLoss, check_block_loss, summed_loss, token_losses
+from tests.conftest import tiny_model
+
+TOKENS, WIDTH, VOCABULARY = 75, 24, 130
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """16 tokens a block (the least there is): 75 is four blocks and a rest."""
+    monkeypatch.setattr(L, "_BLOCK_ELEMENTS", 1)
+
+
+def case(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    labels[::7] = IGNORE
+    labels[16:32] = IGNORE  # a whole block without a label
+    return hidden, weight, labels
+
+
+def reference(hidden, weight, labels):
+    return F.cross_entropy((hidden @ weight.T).float(), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def with_gradients(function, hidden, weight, labels, scale=0.37):
+    hidden.grad = weight.grad = None
+    value = function(hidden, weight, labels)
+    (value * scale).backward()
+    return value.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.floor
+def test_equals_cross_entropy_on_full_logits():
+    wanted, got = (with_gradients(f, *case()) for f in (reference, summed_loss))
+    for name, a, b in zip(("loss", "d hidden", "d weight"), wanted, got):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), name
+
+
+def test_bfloat16_lies_as_near_to_the_truth_as_full_logits_do():
+    truth = with_gradients(reference, *(x.detach().double().requires_grad_() if x.is_floating_point() else x for x in case(torch.bfloat16)))
+    full, blocks = (with_gradients(f, *case(torch.bfloat16)) for f in (reference, summed_loss))
+    for name, t, a, b in zip(("loss", "d hidden", "d weight"), truth, full, blocks):
+        error_full, error_blocks = ((x.double() - t).norm() / t.norm() for x in (a, b))
+        assert error_blocks < 2 * error_full + 2**-9, name
+    assert blocks[1].dtype == blocks[2].dtype == torch.bfloat16
+
+
+def test_a_frozen_weight_gets_no_gradient_and_costs_none():
+    hidden, weight, labels = case()
+    weight.requires_grad_(False)
+    summed_loss(hidden, weight, labels).backward()
+    assert weight.grad is None
+    assert torch.allclose(hidden.grad, with_gradients(reference, *case(), scale=1.0)[1], atol=1e-5)
+
+
+def test_token_losses_are_cross_entropies_and_best_guesses():
+    hidden, weight, labels = case()
+    losses, best = token_losses(hidden, weight, labels)
+    logits = hidden @ weight.T
+    assert torch.allclose(losses, F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none"), atol=1e-5)
+    assert (losses[labels == IGNORE] == 0).all()
+    assert torch.equal(best, logits.argmax(-1))
+    assert not losses.requires_grad
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def largest(function) -> int:
+    with Largest() as mode:
+        function()
+    return mode.elements
+
+
+@pytest.mark.floor
+def test_the_logits_of_all_tokens_are_never_alive():
+    allowed = max(16 * VOCABULARY, VOCABULARY * WIDTH, TOKENS * WIDTH)  # a block, the weight, the hidden states
+    assert allowed < TOKENS * VOCABULARY
+    assert largest(lambda: with_gradients(summed_loss, *case())) <= allowed
+    assert largest(lambda: token_losses(*case())) <= allowed
+    assert largest(lambda: with_gradients(reference, *case())) == TOKENS * VOCABULARY  # the measure can see them
+
+
+def test_memory_of_a_model_step_does_not_hold_the_logits_either():
+    model = tiny_model(vocab_size=2000)
+    ids = torch.randint(3, 2000, (2, 40))
+    loss = BlockLoss(model)
+
+    def step(labels=None, **kwargs):
+        out = model(ids, attention_mask=torch.ones_like(ids), labels=labels, **kwargs)
+        (out.loss if labels is not None else loss(out, ids)).backward()
+
+    assert largest(lambda: step(logits_to_keep=1)) == 2000 * 64  # the embedding
+    assert largest(lambda: step(labels=ids)) >= 2 * 39 * 2000
+
+
+# --- inside a model
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3_text"])
+def test_equals_the_models_own_loss(family):
+    model = tiny_model(family)
+    check_block_loss(model)
+    ids = torch.randint(3, 300, (2, 20))
+    labels = ids.clone()
+    labels[0, :9] = IGNORE
+
+    def gradients(value):
+        model.zero_grad()
+        value.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    own = model(ids, labels=labels, attention_mask=torch.ones_like(ids)).loss
+    wanted = gradients(own)
+    loss = BlockLoss(model)
+    blocks = loss(model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=1), labels)
+    assert blocks.item() == pytest.approx(own.item(), rel=1e-5)
+    got = gradients(blocks)
+    assert wanted.keys() == got.keys()
+    for name in wanted:
+        assert (wanted[name] - got[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
+
+
+def test_accumulating_four_batches_equals_one():
+    model = tiny_model()
+    loss = BlockLoss(model)
+    ids = torch.randint(3, 300, (4, 20))
+    labels = ids.clone()
+    for row in range(4):  # ragged: 19, 14, 9 and 4 labels
+        labels[row, : 1 + 5 * row] = IGNORE
+    items = (labels[:, 1:] != IGNORE).sum()
+
+    def gradient(rows):
+        model.zero_grad()
+        for part in rows:
+            out = model(ids[part], attention_mask=torch.ones_like(ids[part]), logits_to_keep=1)
+            loss(out, labels[part], items).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    one, four = gradient([slice(0, 4)]), gradient([slice(i, i + 1) for i in range(4)])
+    assert torch.allclose(one, four, rtol=1e-4, atol=1e-5 * one.abs().max())
+
+
+def test_a_batch_without_labels_is_zero_and_not_nan():
+    model = tiny_model()
+    loss = BlockLoss(model)
+    ids = torch.full((1, 8), 5)
+    value = loss(model(ids, logits_to_keep=1), torch.full_like(ids, IGNORE))
+    value.backward()
+    assert value == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0, "head_dim": 16}),
+        ("gemma2", {"final_logit_softcapping": 1e4, "head_dim": 16}),  # too wide a cap for the loss to show it
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_families_that_change_their_logits_are_refused_with_the_remedy(family, change):
+    with pytest.raises(ValueError, match="set loss: model in the recipe"):
+        check_block_loss(tiny_model(family, **change))
+
+
+def test_a_difference_that_no_configuration_declares_is_found():
+    model = tiny_model()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.loss = out.loss * 1.001
+        return out
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match=r"the block-wise loss gives .* set loss: model"):
+        check_block_loss(model)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_families_whose_switch_is_off_are_accepted(family):
+    check_block_loss(tiny_model(family, **({"final_logit_softcapping": None, "head_dim": 16} if family == "gemma2" else {"logits_scaling": 1.0})))
+
+
+def test_heads_that_are_more_than_a_matrix_are_refused():
+    """LoRA on the head starts at zero, so comparing losses at the start would not show it."""
+    with pytest.raises(ValueError, match="plain matrix"):
+        BlockLoss(get_peft_model(tiny_model(), LoraConfig(target_modules=["lm_head", "q_proj"])))
+    biased = tiny_model()
+    biased.lm_head = torch.nn.Linear(64, 300, bias=True)
+    with pytest.raises(ValueError, match="plain matrix"):
+        BlockLoss(biased)
+
+
+def test_the_check_leaves_no_hook_behind():
+    """It would keep the last hidden states of every forward pass alive."""
+    model = tiny_model()
+    check_block_loss(model)
+    with pytest.raises(ValueError, match="loss: model"):
+        check_block_loss(tiny_model("granite", logits_scaling=8.0))
+    assert not model.get_decoder()._forward_hooks
+    assert not model.training

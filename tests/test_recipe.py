@@ -1,0 +1,193 @@
+"""Recipes: YAML 1.2, sizes, overrides, errors that name the key, round trips, and the shipped ones."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_longctx import training
+from hf_longctx.recipe import SHIPPED, dump_recipe, parse_recipe, parse_value, read_recipe, recipe_names
+from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
+
+TEXT = """
+seed: 3
+model: {name: some/model, dtype: bfloat16}
+methods:
+  - {name: yarn, factor: 16}
+  - {name: pose, target: 128k, chunks: 2}
+window: 2k
+data: {path: some.txt, column: no, tokens: 200M}
+lora: {r: 8, lora_alpha: 16, target_modules: [q_proj]}
+train: {max_steps: 10, learning_rate: 2e-5, report_to: no}
+eval: {tasks: [passkey, {name: perplexity, stride: 512}], lengths: [8k, 32k]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.mark.floor
+def test_yaml_is_version_1_2(file):
+    recipe = read_recipe(file)
+    assert recipe.train["learning_rate"] == 2e-5  # YAML 1.1 reads it as a string
+    assert recipe.train["report_to"] == "no"  # YAML 1.1 reads it as false
+    assert recipe.data[0].column == "no"
+
+
+def test_sizes_are_binary_in_lower_case_and_decimal_in_upper_case(file):
+    recipe = read_recipe(file)
+    assert recipe.window == 2048
+    assert recipe.load_methods()[1].target == 131_072
+    assert recipe.data[0].tokens == 200_000_000
+    assert recipe.eval.lengths == (8192, 32768)
+
+
+@pytest.mark.floor
+def test_round_trips(file, tmp_path):
+    recipe = read_recipe(file)
+    assert parse_recipe(recipe.to_dict()) == recipe
+    dump_recipe(recipe, tmp_path / "again.yaml")
+    assert read_recipe(tmp_path / "again.yaml") == recipe
+    bare = parse_recipe({"model": {"name": "x"}, "data": {"path": "x.txt"}, "window": 8, "lora": None})
+    assert parse_recipe(bare.to_dict()) == bare != recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("methods.0.factor=8", lambda r: r.methods[0]["factor"] == 8),
+        ("train.max_steps=5", lambda r: r.train["max_steps"] == 5),
+        ("lora=null", lambda r: r.lora is None),
+        ("lora.target_modules=[k_proj, v_proj]", lambda r: r.lora["target_modules"] == ["k_proj", "v_proj"]),
+        ("methods=[{name: nope}]", lambda r: [m.name for m in r.load_methods()] == ["nope"]),
+        ("data.path=other.txt", lambda r: r.data[0].path == "other.txt"),  # one source: no index needed
+        ("data.0.path=other.txt", lambda r: r.data[0].path == "other.txt"),
+        ("window=1k", lambda r: r.window == 1024),
+        ("also_train=[norms]", lambda r: r.also_train == ("norms",)),
+        ("model.name=a=b", lambda r: r.model.name == "a=b"),
+    ],
+)
+def test_overrides_set_one_key(file, override, found):
+    assert found(read_recipe(file, [override]))
+
+
+def test_an_override_fills_a_block_that_was_null(file):
+    assert read_recipe(file, ["lora=null", "lora.r=2"]).lora == {"r": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("window", "needs key=value"),
+        ("methods.7.factor=8", "'7' is no index into a list of 2"),
+        ("methods.factor=8", "'factor' is no index into a list of 2"),
+        ("window.x=1", "there is no 'x' in '2k'"),
+        ("window=[1", "not a YAML value"),
+        ("window=@nowhere.yaml", "does not exist"),
+        ("trian.max_steps=1", "did you mean 'train'"),
+    ],
+)
+def test_wrong_overrides_are_named(file, override, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        read_recipe(file, [override])
+
+
+def test_a_value_may_lie_in_a_file(tmp_path):
+    (tmp_path / "v.yaml").write_text("[1, {a: 2e-3}]")
+    assert parse_value(f"@{tmp_path / 'v.yaml'}") == [1, {"a": 2e-3}]
+
+
+GOOD = {"model": {"name": "x"}, "data": {"path": "x.txt"}, "window": "2k"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widow": 1}, "unknown key 'widow'; did you mean 'window'"),
+        ({"model": {"nam": "x"}}, "'model.nam'; did you mean 'name'"),
+        ({"data": {"path": "x", "colum": "t"}}, "'data.0.colum'; did you mean 'column'"),
+        ({"data": [{"path": "x"}, {"pth": "x"}]}, "'data.1.pth'; did you mean 'path'"),
+        ({"lora": {"lora_alfa": 1}}, "lora: unknown key 'lora_alfa'; did you mean 'lora_alpha'"),
+        ({"train": {"learning_rat": 1}}, "train: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"methods": [{"name": "yarn", "facto": 4}]}, "'facto'; did you mean 'factor'"),
+        ({"methods": [{"name": "yarm", "factor": 4}]}, "unknown method 'yarm'; did you mean 'yarn'"),
+        ({"methods": [{"factor": 4}]}, "needs a name"),
+        ({"methods": [{"name": "yarn", "factor": 4}, {"name": "linear", "factor": 4}]}, "yarn and linear both fill the rope slot"),
+        ({"eval": {"task": []}}, "'eval.task'; did you mean 'tasks'"),
+        ({"window": "2q"}, "window: expected a number of tokens.*got '2q'"),
+        ({"window": 1}, "at least 2 tokens"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"data": []}, "data is empty"),
+        ({"data": {"path": "x", "weight": 0}}, "weight must be positive"),
+        ({"data": {"path": "x", "short": "pad"}}, "data.0.short.*'pack' or 'drop'.*got 'pad'"),
+        ({"model": {}}, "give either name"),
+        ({"model": {"name": "x", "config": {}}}, "give either name"),
+        ({"model": {"config": {"model_type": "llama"}}}, "set lora: null"),
+        ({"lora": None, "also_train": ["norms"]}, "also_train goes with lora"),
+        *(({"train": {key: 1}}, f"{key} is set by longctx") for key in ("output_dir", "seed", "data_seed", "remove_unused_columns")),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_recipe(GOOD | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model", "data", "window"])
+def test_missing_keys_are_named(key):
+    with pytest.raises(ValueError, match=f"{key} is required"):
+        parse_recipe({k: v for k, v in GOOD.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"model: {name: x", "not valid YAML"), (b"a: 1\na: 2\n", "not valid YAML"), (b"- 1", "not a recipe"), (b"a: \xe9", "not UTF-8"), (b"", "not a recipe")],
+)
+def test_files_that_are_no_recipe(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="no recipe file 'nowhere'"):
+        read_recipe("nowhere")
+
+
+def family_of(name: str) -> str:
+    """The tiny family that stands for a hub model, by its name; llama for most."""
+    known = sorted(FAMILIES, key=len, reverse=True)
+    flat = name.lower().replace("-", "").replace(".", "").replace("_", "")
+    return "gpt_neox" if "pythia" in flat else next((f for f in known if f.removesuffix("_text") in flat), "llama")
+
+
+@pytest.mark.parametrize("name", recipe_names() or [pytest.param("", marks=pytest.mark.skip("no recipe is shipped yet"))])
+def test_shipped_recipes_train_for_a_step(name, base, tokens, tmp_path):
+    """With the model replaced by a tiny one of its family, everything else that can stay as it is stays."""
+    given = read_recipe(name)
+    values = given.to_dict()
+    if given.model.config is not None:
+        values["model"]["tokenizer"] = str(base)
+        shrunk = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+        values["model"]["config"] |= {key: value for key, value in shrunk.items() if key in values["model"]["config"]}
+    else:
+        tiny_model(family_of(given.model.name)).save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        values["model"] |= {"name": str(tmp_path / "model"), "revision": None}
+    values["model"] |= {"dtype": "float32", "attn_implementation": None}
+    for item in values["methods"]:
+        item.pop("target", None)  # it fitted the real model's window
+    values |= {"window": 32, "compile": "off", "data": [{"path": str(tokens), "short": source["short"]} for source in values["data"]]}
+    gpu_only = {"bf16", "tf32", "fp16", "optim", "dataloader_num_workers", "use_liger_kernel"}
+    train = {key: value for key, value in values["train"].items() if key not in gpu_only}
+    values["train"] = train | {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "disable_tqdm": True}
+    out = training.finetune(values, tmp_path / "out")
+    assert list(out.glob("*.safetensors"))
+
+
+def test_shipped_recipes_are_the_files_in_the_folder():
+    assert recipe_names() == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
