@@ -137,7 +137,7 @@ def load(
     target = _device(device)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True
-    ).to(target)
+    ).to(target)  # type: ignore[arg-type]
     if change is not None:
         rope.prove(rope.rotary_of(loaded), change, rope.layer_type(config))
     return Loaded(loaded.eval(), load_tokenizer(folder, window_of(config)))
@@ -171,7 +171,7 @@ def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_
         patch_model(loaded, chosen)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.model_max_length = window_of(loaded.config)
-    return Loaded(loaded.to(target).eval(), tokenizer)
+    return Loaded(loaded.to(target).eval(), tokenizer)  # type: ignore[arg-type]
 
 
 def _load_adapter(folder: Path, base: str | None, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
@@ -188,7 +188,7 @@ def _load_adapter(folder: Path, base: str | None, dtype: Any, device: str | None
             f"{folder} was trained on {note['base']} (fingerprint {note['fingerprint'][:12]}), but {name} is another model ({found[:12]}); give the right one as base"
         )
     model = PeftModel.from_pretrained(loaded.model, str(folder))
-    return Loaded(model.eval(), loaded.tokenizer)
+    return Loaded(model.eval(), loaded.tokenizer)  # type: ignore[arg-type]
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from hf_longctx.evaluation import built_in_text
 from hf_longctx.task import encode
 
 MODEL = Path(__file__).parent / "demo_model"
-_DIGITS = 6
 
 
 def train_tokenizer(folder: Path, vocabulary: int = 1024) -> None:
@@ -33,28 +32,49 @@ def train_tokenizer(folder: Path, vocabulary: int = 1024) -> None:
 def repeated_spans(tokenizer: Any, documents: int, blocks: int, window: int, seed: int) -> list[np.ndarray]:
     """Real text in which some spans come again: what a model must look back for, at every distance within a window.
 
-    Each document is `blocks` stretches of `window` tokens of the built-in text; into each stretch, one to four spans are
-    written two or three times at random places. A span is a few words of the text and, half of the time, random digits.
+    Each document is `blocks` stretches of `window` tokens of the built-in text; into each stretch, two to four spans are
+    written two or three times at random places. A span is a few words of the text; a few words and a number; or a sentence
+    such as "The list object is 48213." about random words.
     """
-    text = encode(tokenizer, built_in_text())
-    digits = np.array([encode(tokenizer, str(d))[0] for d in range(10)])
-    space = encode(tokenizer, " ")
-    rng = np.random.default_rng(seed)
-    return [np.concatenate([_with_repeats(text, digits, space, window, rng) for _ in range(blocks)]) for _ in range(documents)]
+    spans = _Spans(tokenizer, np.random.default_rng(seed))
+    return [np.concatenate([spans.stretch(window) for _ in range(blocks)]) for _ in range(documents)]
 
 
-def _with_repeats(text: np.ndarray, digits: np.ndarray, space: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
-    start = rng.integers(len(text) - length)
-    document = text[start : start + length].copy()
-    for _ in range(rng.integers(1, 5)):
-        at = rng.integers(len(text) - 16)
-        span = text[at : at + rng.integers(3, 16)]
-        if rng.random() < 0.5:
-            span = np.concatenate([span[:8], space, rng.choice(digits, _DIGITS - int(rng.integers(2)))])
-        for _ in range(rng.integers(2, 4)):
-            place = rng.integers(length - len(span))
-            document[place : place + len(span)] = span
-    return document
+class _Spans:
+    """Random stretches of text with repeated spans."""
+
+    def __init__(self, tokenizer: Any, rng: np.random.Generator):
+        text = built_in_text()
+        self.rng = rng
+        self.text = encode(tokenizer, text)
+        self.digits = np.array([encode(tokenizer, str(d))[0] for d in range(10)])
+        self.space, self.the, self.verb, self.stop = (encode(tokenizer, piece) for piece in (" ", " The", " is", "."))
+        words = sorted({word for word in text.split() if word.isalpha()})
+        self.words = [encode(tokenizer, " " + word) for word in words]
+
+    def stretch(self, length: int) -> np.ndarray:
+        rng = self.rng
+        start = rng.integers(len(self.text) - length)
+        document = self.text[start : start + length].copy()
+        for _ in range(rng.integers(2, 5)):
+            span = self._span()
+            for _ in range(rng.integers(2, 4)):
+                place = rng.integers(length - len(span))
+                document[place : place + len(span)] = span
+        return document
+
+    def _span(self) -> np.ndarray:
+        rng = self.rng
+        kind = rng.integers(3)
+        at = rng.integers(len(self.text) - 16)
+        words = self.text[at : at + rng.integers(3, 16)]
+        if kind == 0:
+            return words
+        number = rng.choice(self.digits, 5 + rng.integers(3))
+        if kind == 1:
+            return np.concatenate([words[:8], self.space, number])
+        about = [self.words[rng.integers(len(self.words))] for _ in range(rng.integers(1, 4))]
+        return np.concatenate([self.the, *about, self.verb, self.space, number, self.stop])
 
 
 def write_data(path: Path, tokenizer: Any, documents: int, seed: int, window: int = 256) -> None:

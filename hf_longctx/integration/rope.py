@@ -94,7 +94,8 @@ def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, A
     kept = {name: flat[name] for name in _KEPT if flat.get(name) is not None}
     native = dict(change.native or {})
     narrow = config.model_type in _ONLY_LONGROPE and native.get("rope_type") not in ("default", "longrope")
-    unread = key is not None and "truncate" in native  # Transformers looks for it beside, not inside, the layer types
+    # With a dictionary a layer type, Transformers looks for `truncate` beside these, and 5.17 fails at longrope's second long row.
+    unread = key is not None and ("truncate" in native or _one_list(native))
     if not native or narrow or unread:
         if len(change.at) > 1:
             raise ValueError(f"{config.model_type} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")

@@ -33,7 +33,8 @@ class Cream(Method):
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
         import numpy as np
 
-        assert self.target is not None and self.target >= window
+        assert self.target is not None
+        assert self.target >= window
         third = window // 3
         edge = third if rng.random() < 0.5 else min(math.ceil(4 * self.target / window), third)
         middle = window - 2 * edge

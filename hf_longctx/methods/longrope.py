@@ -43,8 +43,9 @@ class Longrope(Method):
             "rope_type": "longrope", "factor": float(self.factor), "short_factor": list(short), "long_factor": list(self.long_factor),
             "original_max_position_embeddings": shape.window, "attention_factor": temperature,
         }  # fmt: skip
+        regimes = {window: self.long_factor} if self.static else {shape.window: short, window: self.long_factor}
         at = {
             length: Frequencies(tuple(f / s for f, s in zip(shape.trained.inv_freq, factors, strict=True)), temperature)
-            for length, factors in ((shape.window, short), (window, self.long_factor))
+            for length, factors in regimes.items()
         }
         return RopeChange(at, window, native)

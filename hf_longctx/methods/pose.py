@@ -38,7 +38,8 @@ class Pose(Method):
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
         import numpy as np
 
-        assert self.target is not None and self.target >= window
+        assert self.target is not None
+        assert self.target >= window
         chunks = min(self.chunks, window)
         index = np.arange(window)
         chunk_of = np.searchsorted(self._cuts(window, chunks, rng), index, side="right")

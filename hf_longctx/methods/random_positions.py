@@ -21,5 +21,6 @@ class RandomPositions(Method):
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
         import numpy as np
 
-        assert self.target is not None and self.target >= window
+        assert self.target is not None
+        assert self.target >= window
         return np.arange(window), np.sort(rng.choice(self.target, size=window, replace=False))
