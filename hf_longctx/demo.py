@@ -4,16 +4,85 @@ The model (trained window 256, recipe `demo-base`) is measured past its window, 
 at the short window and measured again. Its text is the documentation that every Python ships.
 """
 
+import shutil
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_longctx.evaluation import built_in_text
+from hf_longctx import checkpoint, files
+from hf_longctx.evaluation import built_in_source, built_in_text, evaluate
+from hf_longctx.recipe import parse_recipe, read_recipe
+from hf_longctx.reporting import plot_results
+from hf_longctx.schema import format_size
 from hf_longctx.task import encode
 
 MODEL = Path(__file__).parent / "demo_model"
+LENGTHS = (256, 1024, 2048, 4096)
+NEXT = """\
+The same on a real model:
+  longctx patch HuggingFaceTB/SmolLM2-135M -m yarn:factor=4 --out smollm2-8k
+  longctx finetune smollm2-135m-32k --dry-run
+  longctx finetune smollm2-135m-32k --out smollm2-40k
+  longctx eval smollm2-40k --lengths 8k,16k,32k --out results"""
+
+
+def run(out: str | Path, say: Callable[[str], None] = print, keys: int = 1, steps: int | None = None) -> list[dict[str, Any]]:
+    """Measure, patch, fine-tune and measure the built-in model; write models, results and a picture to `out`.
+
+    Args:
+        out: a new or empty folder.
+        say: called with each line for the user.
+        keys: passkeys at each of ten depths.
+        steps: training steps, if fewer than the recipe's are enough.
+
+    Returns:
+        The rows of all three evaluations.
+
+    Raises:
+        ValueError: `out` is in use.
+    """
+    begun = time.perf_counter()
+    folder = files.check_output(out, overwrite=False)
+    base, tuned, data = folder / "model", folder / "tuned", folder / "data.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(MODEL, base)
+    window = checkpoint.inspect_model(base)["window"]
+    say(f"A {sum(f.stat().st_size for f in base.glob('*.safetensors')) / 2**20:.1f} MiB LLaMA-type model, trained on windows of {window} tokens.")
+    say(f"Text: {built_in_source()}. Passkey retrieval, {10 * keys} keys a length:")
+    write_data(data, checkpoint.load(base).tokenizer, documents=40, seed=1)
+    values = read_recipe("demo").to_dict()
+    values["model"]["name"], values["data"][0]["path"] = str(base), str(data)
+    values["train"] |= {"disable_tqdm": True} | ({"max_steps": steps} if steps else {})
+    recipe = parse_recipe(values)
+    methods = recipe.methods[0]
+    rows: list[dict[str, Any]] = []
+    head = f"{'':26}" + "".join(f"{format_size(n):>8}" for n in LENGTHS)
+    say(head)
+    for label, model, change in (("as it is", base, ()), (f"patched ({methods['name']})", base, methods)):
+        rows += _measure(label, model, folder / "results" / label.split()[0], change, keys, say)
+    before = time.perf_counter()
+    from hf_longctx.training import finetune
+
+    finetune(recipe, tuned)
+    took = time.perf_counter() - before
+    rows += _measure("and fine-tuned with PoSE", tuned, folder / "results" / "tuned", (), keys, say)
+    (picture,) = plot_results(rows, folder)
+    say(f"Fine-tuning: {recipe.train['max_steps']} steps at a window of {recipe.window}, {took:.0f} s; all together {time.perf_counter() - begun:.0f} s.")
+    say(f"{picture}")
+    say(NEXT)
+    return rows
+
+
+def _measure(label: str, model: Path, out: Path, methods: Any, keys: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    found = evaluate(model, [{"name": "passkey", "n": keys}], LENGTHS, out=out, methods=methods)
+    rows = [row | {"model": label} for row in found]
+    overall: Sequence[dict[str, Any]] = [row for row in rows if row["depth"] is None and row["metric"] == "accuracy"]
+    say(f"{label:26}" + "".join(f"{row['value']:>8.2f}" for row in overall))
+    return rows
 
 
 def train_tokenizer(folder: Path, vocabulary: int = 1024) -> None:
@@ -80,7 +149,7 @@ class _Spans:
 def write_data(path: Path, tokenizer: Any, documents: int, seed: int, window: int = 256) -> None:
     """`repeated_spans` as an .npz that a recipe's `data` reads."""
     found = repeated_spans(tokenizer, documents, 64, window, seed)
-    np.savez(path, **{f"{i:06d}": d.astype(np.uint16) for i, d in enumerate(found)})
+    np.savez(path, **{f"{i:06d}": d.astype(np.uint16) for i, d in enumerate(found)})  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

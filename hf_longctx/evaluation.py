@@ -1,55 +1,81 @@
 """evaluate: run tasks at lengths on a model, append each result as it comes, go on where a stopped run stopped."""
 
 import csv
+import gc
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hf_longctx import __version__, checkpoint, files
-from hf_longctx.data import Documents, load_documents
-from hf_longctx.loss import token_losses
-from hf_longctx.method import load_methods
+from hf_longctx.data import load_documents
+from hf_longctx.method import Method, load_methods
 from hf_longctx.recipe import DataSource
+from hf_longctx.reporting import plot_results
 from hf_longctx.schema import parse_size
-from hf_longctx.stats import bootstrap
+from hf_longctx.stats import bootstrap, paired_shares
 from hf_longctx.task import Cell, Result, Scored, Task, load_task
 
 logger = logging.getLogger(__name__)
 COLUMNS = (
     "model", "revision", "method", "task", "length", "depth", "metric", "value", "n", "seed", "ci_low", "ci_high", "seconds",
-    "peak_memory", "tokens", "tokenizer", "dtype",
+    "peak_memory", "tokens", "tokenizer", "dtype", "error",
 )  # fmt: skip
 BUILT_IN = "pydoc_data.topics"
 _TOKENS_AT_ONCE = {"cuda": 65536, "cpu": 4096}
+_LOGITS_AT_ONCE = 2**26  # elements of one block of logits: 256 MiB in float32
+_DESCRIBES_MODEL = ("*.safetensors", "config.json", files.ADAPTER, files.SIDECAR, "tokenizer.json", "tokenizer.model")
+Progress = Callable[[str, int, int], None]
+Row = dict[str, Any]
+Key = tuple[str, str, int]  # model, task, length
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model under evaluation."""
+    """One model under evaluation, before it is loaded."""
 
-    label: str
+    name: str
+    methods: tuple[Method, ...]
     revision: str | None
-    methods: tuple[Any, ...]
-    model: torch.nn.Module
-    tokenizer: Any
+    base: str | None
+
+    @property
+    def label(self) -> str:
+        """How the rows call it: two subjects of one evaluation never share it."""
+        name = str(Path(self.name)) if Path(self.name).exists() else self.name
+        at = f"@{self.revision}" if self.revision else ""
+        return " + ".join([name + at, *map(_spelled, self.methods)])
+
+    def parts(self) -> list[Path]:
+        """The files that decide its outputs. Raises ValueError if there is no such model."""
+        if checkpoint.is_gguf(self.name):
+            return [Path(self.name)]
+        folder = files.local_folder(self.name, self.revision)
+        return [path for pattern in _DESCRIBES_MODEL for path in folder.glob(pattern)]
+
+    def commit(self) -> str | None:
+        """The commit of a hub model, whatever branch or tag it was asked for by."""
+        return self.revision if checkpoint.is_gguf(self.name) else files.commit_of(files.local_folder(self.name, self.revision)) or self.revision
 
 
 def evaluate(
     model: str | Path, tasks: Sequence[Task | str | Mapping[str, Any]] = ("passkey", "perplexity"), lengths: Sequence[int | str] = (2048,), *,
     out: str | Path, data: str | Path | DataSource | None = None, methods: checkpoint.Specs = (), baseline: str | Path | None = None, revision: str | None = None,
     base: str | None = None, dtype: str | None = None, device: str | None = None, attn_implementation: str | None = None, seed: int = 0, batch_size: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    progress: Progress | None = None,
+) -> list[Row]:  # fmt: skip
     """Measure a model, and a baseline beside it, by tasks at lengths.
 
     Args:
@@ -57,50 +83,73 @@ def evaluate(
         tasks: names, `{"name": ..., **options}`, or Task objects.
         lengths: tokens of a cell, or sizes such as "32k".
         out: `results.jsonl` grows there as results come; at the end `results.json`, `results.csv` and a PNG a task are made.
-            A call with the same arguments goes on where an earlier one stopped.
+            A call with the same arguments goes on where an earlier one stopped, and tries again what failed.
         data: text or token ids for tasks that need them (as a recipe's `data`); by default Python's own `pydoc_data.topics`.
         methods: a training-free change to evaluate the model with.
         baseline: a second model for the same cells; differences are paired.
-        revision, base, dtype, device, attn_implementation: as `load`.
-        seed: of cells and intervals.
+        revision: of a hub model; the baseline has it too if it is the same model without `methods`.
+        base, dtype, device, attn_implementation: as `load`, for both models.
+        seed: of cells.
         batch_size: sequences in one forward pass; by default as many as fill 65,536 tokens on a GPU, 4,096 on a CPU.
         progress: called with (what, done, total) in tokens.
 
     Returns:
-        The rows of results.json. A task that failed at a length is a row whose metric is "failed".
+        The rows of results.json. A task that failed at a length is a row whose metric is "failed" and whose `error` says why.
+        `seconds`, `tokens` and `peak_memory` (GiB allocated on the GPU, the model included) are of all depths together.
 
     Raises:
         ValueError: an unknown task or model, or an `out` that holds another evaluation.
     """
-    sizes = sorted({parse_size(length) for length in lengths})
-    chosen = [task.for_lengths(sizes) for task in map(load_task, tasks)]
-    folder = Path(out)
-    rows: list[dict[str, Any]] = []
-    wanted = [(str(model), methods, revision, base)] + ([(str(baseline), (), None, None)] if baseline else [])
-    described = {
-        "models": [[name, [m.to_dict() for m in load_methods(specs)], at] for name, specs, at, _ in wanted], "tasks": [task.to_dict() for task in chosen],
-        "lengths": sizes, "data": str(data.path if isinstance(data, DataSource) else data or BUILT_IN), "seed": seed, "dtype": dtype,
+    sizes = sorted({parse_size(length) for length in _several(lengths)})
+    asked = [load_task(task) for task in _several(tasks)]
+    if not asked or not sizes:
+        raise ValueError("give at least one task and one length")
+    chosen = {_spelled(task): task.for_lengths(sizes) for task in asked}
+    subjects = _subjects(str(model), load_methods(methods), revision, base, None if baseline is None else str(baseline))
+    source = data if isinstance(data, DataSource) or data is None else DataSource(str(data))
+    arguments = {
+        "models": [[s.label, _digest(s.parts())] for s in subjects], "tasks": [task.to_dict() for task in chosen.values()], "lengths": sizes,
+        "data": _described(source), "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation,
     }  # fmt: skip
-    _claim(folder, described)
-    done = _read_rows(folder)
-    for name, specs, at, other in wanted:
-        label = _label(name, specs)
-        plan = [(task, length) for task in chosen for length in sizes if (label, _title(task), length) not in _finished(done)]
-        rows += [row for row in done if row["model"] == label]
-        if not plan:
-            continue
-        loaded = checkpoint.load(name, methods=specs, revision=at, base=other, dtype=dtype, device=device, attn_implementation=attn_implementation)
-        subject = Subject(label, at, tuple(m.to_dict() for m in load_methods(specs)), loaded.model, loaded.tokenizer)
-        documents = _documents(data, loaded.tokenizer) if any(task.needs_text for task in chosen) else []
-        for new in _measure(subject, plan, documents, seed, batch_size, progress):
-            _append(folder, new)
-            rows += new
-        del loaded, subject
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    rows += _changes(rows, seed)
-    _finish(folder, rows)
-    return [{k: v for k, v in row.items() if k not in ("values", "clusters")} for row in rows]
+    folder = Path(out)
+    done = _resume(folder, arguments)
+    options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+    for subject in subjects:
+        plan = {(subject.label, title, length): chosen[title] for title in chosen for length in sizes if (subject.label, title, length) not in done}
+        for key, rows in _measure(subject, plan, source, options, seed, batch_size, progress):
+            _append(folder, rows)
+            done[key] = rows
+    found = [row for s in subjects for title in chosen for length in sizes for row in done[s.label, title, length]]
+    return _finish(folder, found + _changes(found, *(s.label for s in subjects)))
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """A list of one where the user gave the thing itself."""
+    return [given] if isinstance(given, str | int | Mapping | Task) else given
+
+
+def _subjects(name: str, methods: tuple[Method, ...], revision: str | None, base: str | None, baseline: str | None) -> list[Subject]:
+    found = [Subject(name, methods, revision, base)]
+    if baseline is not None:
+        found.append(Subject(baseline, (), revision if baseline == name else None, base))
+        if found[0].label == found[1].label:
+            raise ValueError(f"the baseline is the model itself: {found[0].label}")
+    return found
+
+
+def _spelled(item: Task | Method) -> str:
+    """As on the command line, without what is left at its default: `yarn:factor=4`."""
+    changed = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != f.default}
+    return item.name + (":" + ",".join(f"{k}={_brief(v)}" for k, v in changed.items()) if changed else "")
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) > 4:
+        return f"{len(value)} numbers {hashlib.sha256(repr(tuple(value)).encode()).hexdigest()[:6]}"
+    return str(value).removesuffix(".0")
+
+
+# --- scoring
 
 
 def score_cells(model: torch.nn.Module, cells: Sequence[Cell], batch_size: int | None = None, on_tokens: Callable[[int], None] | None = None) -> list[Scored]:
@@ -110,46 +159,58 @@ def score_cells(model: torch.nn.Module, cells: Sequence[Cell], batch_size: int |
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(base.parameters()).device
-    outputs: list[Scored | None] = [None] * len(cells)
+    outputs: dict[int, Scored] = {}
     for batch in _batches(cells, batch_size, device.type):
-        ids = torch.from_numpy(np.stack([cells[i].ids for i in batch])).to(device)
+        mine = [cells[i] for i in batch]
+        ids = torch.from_numpy(np.stack([cell.ids for cell in mine])).to(device)
         with torch.no_grad():
             hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            for row, i in enumerate(batch):
-                outputs[i] = _score(base, hidden[row], cells[i])
+            states = torch.cat([row[cell.start - 1 : cell.stop - 1] for row, cell in zip(hidden, mine, strict=True)])
+            del hidden
+            labels = torch.from_numpy(np.concatenate([np.append(cell.ids, -100)[cell.start : cell.stop] for cell in mine])).to(device)
+            nll, best = _token_scores(base, states, labels)
+        edges = np.cumsum([cell.stop - cell.start for cell in mine])[:-1]
+        outputs |= {i: Scored(*parts) for i, *parts in zip(batch, np.split(nll, edges), np.split(best, edges), strict=True)}
         if on_tokens is not None:
             on_tokens(ids.numel())
-    return [output for output in outputs if output is not None]
+    return [outputs[i] for i in range(len(cells))]
 
 
-def _score(model: Any, hidden: torch.Tensor, cell: Cell) -> Scored:
-    labels = torch.from_numpy(np.append(cell.ids, -100)[cell.start : cell.stop]).to(hidden.device)
-    states = hidden[cell.start - 1 : cell.stop - 1]
-    head = model.get_output_embeddings()
-    config = model.config
-    if _plain_head(config, head):
-        nll, best = token_losses(states, head.weight, labels)
-    else:  # the family scales or caps its logits: only the model itself knows how
-        nll, best = _through_head(model, states, labels)
-    nll = torch.where(labels < 0, torch.full_like(nll, torch.nan), nll)
-    return Scored(nll.cpu().numpy(), best.cpu().numpy())
+def _token_scores(model: Any, states: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """-log p(label), NaN where it is -100, and the most likely token, for each of `states` [tokens, width], block by block."""
+    size = max(16, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    losses, best = [], []
+    with _head(model) as logits_of:
+        for start in range(0, len(states), size):
+            logits, wanted = logits_of(states[start : start + size]).float(), labels[start : start + size]
+            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=-100).masked_fill(wanted < 0, math.nan))
+            best.append(logits.argmax(-1))
+    return torch.cat(losses).cpu().numpy(), torch.cat(best).cpu().numpy()
 
 
-def _plain_head(config: Any, head: torch.nn.Module) -> bool:
-    scaled = any(getattr(config, key, None) not in (None, 1, 1.0) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    return not scaled and getattr(head, "bias", None) is None
+@contextmanager
+def _head(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function from last hidden states [tokens, width] to the model's logits.
 
+    Families scale, cap or shift what the output embedding gives, each in its own way, so the model's own `forward` does it:
+    it reads one token, and what its decoder says is replaced.
+    """
+    given = torch.empty(0)
 
-def _through_head(model: Any, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = model.get_output_embeddings()(states.to(model.get_output_embeddings().weight.dtype)).float()
-    config = model.config
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100), logits.argmax(-1)
+    def replace(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = given[None]
+        return output
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        nonlocal given
+        given = states
+        return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=states.device), use_cache=False).logits[0]
+
+    hook = model.get_decoder().register_forward_hook(replace)
+    try:
+        yield logits_of
+    finally:
+        hook.remove()
 
 
 def _batches(cells: Sequence[Cell], batch_size: int | None, device: str) -> Iterator[list[int]]:
@@ -162,64 +223,106 @@ def _batches(cells: Sequence[Cell], batch_size: int | None, device: str) -> Iter
             yield indices[start : start + size]
 
 
+# --- one model
+
+
 def _measure(
-    subject: Subject, plan: Sequence[tuple[Task, int]], documents: Sequence[np.ndarray], seed: int, batch_size: int | None, progress: Callable[[str, int, int], None] | None
-) -> Iterator[list[dict[str, Any]]]:
-    for task, length in plan:
-        what = f"{subject.label}: {task.name} at {length}"
-        before = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            cells = task.cells(subject.tokenizer, documents, length, seed)
-            total, seen = sum(len(c.ids) for c in cells), 0
-
-            def report(tokens: int, what: str = what, total: int = total) -> None:
-                nonlocal seen
-                seen += tokens
-                if progress is not None:
-                    progress(what, seen, total)
-
-            results = task.score(cells, score_cells(subject.model, cells, batch_size, report), subject.tokenizer)
-        except (RuntimeError, ValueError) as error:  # out of memory, or text too short: the other cells go on
-            logger.error("%s failed: %s", what, str(error).splitlines()[0])
-            total = 0
-            results = [Result("failed", float("nan"), 0, float("nan"), float("nan"))]
-        yield [_row(subject, task, length, result, seed, time.perf_counter() - before, total) for result in results]
-
-
-def _row(subject: Subject, task: Task, length: int, result: Result, seed: int, seconds: float, tokens: int) -> dict[str, Any]:
-    model = subject.model
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    row = {
-        "model": subject.label, "revision": subject.revision, "method": "+".join(m["name"] for m in subject.methods), "task": _title(task),
-        "length": length, "depth": result.depth, "metric": result.metric, "value": result.value, "n": result.n, "seed": seed,
-        "ci_low": result.ci_low, "ci_high": result.ci_high, "seconds": round(seconds, 3), "peak_memory": None if peak is None else round(peak, 3),
-        "tokens": tokens, "tokenizer": type(subject.tokenizer).__name__, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    subject: Subject, plan: Mapping[Key, Task], source: DataSource | None, options: Mapping[str, Any], seed: int, batch_size: int | None, progress: Progress | None
+) -> Iterator[tuple[Key, list[Row]]]:
+    """Load the model, score each task at each length of `plan`, and free it."""
+    if not plan:
+        return
+    model, tokenizer = checkpoint.load(subject.name, methods=subject.methods, revision=subject.revision, base=subject.base, **options)
+    documents = _documents(source, tokenizer, model) if any(task.needs_text for task in plan.values()) else []
+    about = {
+        "model": subject.label, "revision": subject.commit(), "method": " + ".join(map(_spelled, subject.methods or _methods_in(model))), "seed": seed,
+        "tokenizer": f"{type(tokenizer).__name__} {len(tokenizer)}", "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
-    if result.values is not None:
-        row |= {"values": [float(v) for v in result.values], "clusters": [int(c) for c in result.clusters or ()]}  # type: ignore[call-overload]
+    for key, task in plan.items():
+        _, title, length = key
+        what = f"{subject.label}: {title} at {length}"
+        rows, error = [], ""
+        try:
+            cells = task.cells(tokenizer, documents, length, seed)
+            outputs, cost = _score(model, cells, batch_size, what, progress)
+            rows = [about | cost | _numbers(result, cells) for result in task.score(cells, outputs, tokenizer)]
+        except (RuntimeError, ValueError, MemoryError) as problem:  # out of memory, or text too short: the others go on
+            error = next(iter(str(problem).splitlines()), "") or type(problem).__name__
+            logger.error("%s failed: %s", what, error)
+        if error:  # outside of the handler, which keeps the tensors of the failed call alive
+            rows = [about | {"metric": "failed", "n": 0, "error": error}]
+            _free()
+        yield key, [row | {"task": title, "length": length} for row in rows]
+    del model
+    _free()
+
+
+def _score(model: Any, cells: Sequence[Cell], batch_size: int | None, what: str, progress: Progress | None) -> tuple[list[Scored], Row]:
+    """Outputs, all of them finite, and what they cost. Where memory does not suffice for a batch, cells are scored one by one."""
+    device = next(model.parameters()).device
+    sizes = [batch_size, 1] if max(map(len, _batches(cells, batch_size, device.type)), default=1) > 1 else [1]
+    tokens = sum(len(cell.ids) for cell in cells)
+    for size in sizes:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        try:
+            outputs = score_cells(model, cells, size, _counter(progress, what, tokens))  # its results lie on the CPU: nothing is pending
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        logger.warning("%s: out of memory; once more with batch size 1", what)
+        _free()
+    seconds = time.perf_counter() - start
+    if not all(np.isfinite(output.nll[: len(cell.targets)]).all() for cell, output in zip(cells, outputs, strict=True)):
+        raise ValueError("the model gives probabilities that are not finite")
+    peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None
+    return outputs, {"seconds": round(seconds, 3), "tokens": tokens, "peak_memory": peak}
+
+
+def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress is not None:
+            progress(what, done, total)
+
+    return count
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _methods_in(model: Any) -> tuple[Method, ...]:
+    """The methods that a checkpoint was patched with when it was saved."""
+    return load_methods((getattr(model.config, "longctx", None) or {}).get("methods", []))
+
+
+def _numbers(result: Result, cells: Sequence[Cell]) -> Row:
+    row: Row = {"metric": result.metric, "n": result.n, "depth": result.depth}
+    row |= {key: number if math.isfinite(number := getattr(result, key)) else None for key in ("value", "ci_low", "ci_high")}
+    if result.values:
+        targets = hashlib.sha256(b"".join(cell.targets.tobytes() + b"|" for cell in cells)).hexdigest()[:16]
+        row["paired"] = {"values": result.values, "weights": result.weights, "clusters": result.clusters, "targets": targets}
     return row
 
 
-def _title(task: Task) -> str:
-    """The task's name with the options that differ from its defaults."""
-    changed = {k: v for k, v in asdict(task).items() if v != getattr(type(task), k, None) and k not in ("longest",)}
-    if task.name in ("perplexity", "tail_perplexity"):
-        changed.pop("tokens", None)
-    return task.name + (":" + ",".join(f"{k}={v}" for k, v in changed.items()) if changed else "")
+# --- text
 
 
-def _label(name: str, specs: checkpoint.Specs) -> str:
-    chosen = load_methods(specs)
-    return name if not chosen else f"{name} + {', '.join(m.name for m in chosen)}"
-
-
-def _documents(data: str | Path | DataSource | None, tokenizer: Any) -> Sequence[np.ndarray]:
-    if data is None:
+def _documents(source: DataSource | None, tokenizer: Any, model: Any) -> Sequence[np.ndarray]:
+    if source is None:
         return [np.array(tokenizer(built_in_text(), add_special_tokens=False, verbose=False)["input_ids"])]
-    source = data if isinstance(data, DataSource) else DataSource(str(data))
-    found: Documents = load_documents(source, tokenizer)
+    found = load_documents(source, tokenizer)
+    known = model.config.get_text_config().vocab_size
+    if source.path.endswith(".npz") and found.ids.max() >= known:
+        raise ValueError(f"{source.path} holds token id {found.ids.max()}, but the model knows only {known} tokens")
     return [found[i] for i in range(len(found))]
 
 
@@ -236,85 +339,83 @@ def built_in_source() -> str:
     return f"{BUILT_IN} of Python {platform.python_version()} (sha256 {digest})"
 
 
-def _claim(folder: Path, described: dict[str, Any]) -> None:
-    """Make `folder` this evaluation's, or raise ValueError if it belongs to another one."""
-    path = folder / "run.json"
-    plain = json.loads(json.dumps(described))
+def _described(source: DataSource | None) -> Any:
+    if source is None:
+        return built_in_source()
+    path = Path(source.path).expanduser()
+    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+    kept = {key: value for key, value in asdict(source).items() if key not in ("weight", "short")}
+    return kept | ({"files": _digest(found)} if found else {})
+
+
+def _digest(paths: Iterable[Path], samples: int = 16, size: int = 4096) -> str:
+    """Names, sizes and evenly spaced samples of files: another checkpoint at the same place is noticed without reading it all."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        length = path.stat().st_size
+        digest.update(f"{path.name} {length} ".encode())
+        with path.open("rb") as file:
+            for i in range(samples if length > samples * size else 1):
+                file.seek(i * (length - size) // (samples - 1) if length > samples * size else 0)
+                digest.update(file.read(size if length > samples * size else -1))
+    return digest.hexdigest()[:16]
+
+
+# --- the folder
+
+
+def _resume(folder: Path, arguments: Row) -> dict[Key, list[Row]]:
+    """Make `folder` this evaluation's and return the rows that it already has; ValueError if it holds another one."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder for --out")
+    path, plain = folder / "run.json", json.loads(json.dumps(arguments))
     if path.exists():
-        before = files.read_json(path)
-        differing = [key for key in plain if before.get("arguments", {}).get(key) != plain[key]]
-        if differing:
+        before = files.read_json(path).get("arguments", {})
+        differing = [key for key in plain if before.get(key) != plain[key]]
+        done = _read_rows(folder / "results.jsonl")
+        if not differing:
+            return done
+        if done or not before:
             raise ValueError(f"{folder} holds an evaluation with other {', '.join(differing)}; choose another --out")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds something that is not an evaluation; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    note = {"arguments": plain, "versions": versions | {"hf_longctx": __version__, "python": platform.python_version()}, "machine": machine}
-    if plain["data"] == BUILT_IN:
-        note["text"] = built_in_source()
-    files.write_json(path, note)
+    files.write_json(path, {"arguments": plain, "versions": versions | {"hf_longctx": __version__, "python": platform.python_version()}, "machine": machine})
+    return {}
 
 
-def _read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier, stopped call; failed ones are tried again, a line cut short is dropped."""
-    path = folder / "results.jsonl"
-    rows = []
+def _read_rows(path: Path) -> dict[Key, list[Row]]:
+    """What an earlier, stopped call finished. The file is left with exactly that: no failed row, no line or group cut short."""
+    groups: dict[Key, list[Row]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["metric"] != "failed":
-            rows.append(row)
-    return rows
+            groups.setdefault((row["model"], row["task"], row["length"]), []).append(row)
+    whole = {key: rows[::-1] for key, rows in groups.items() if rows[-1]["depth"] is None}
+    if path.exists():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(map(_lines, whole.values())), encoding="utf-8")
+        partial.replace(path)
+    return whole
 
 
-def _finished(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, int]]:
-    return {(row["model"], row["task"], row["length"]) for row in rows}
+def _lines(rows: Sequence[Row]) -> str:
+    """The rows of one task at one length, the overall one last: where it is there, all are."""
+    blank = dict.fromkeys(COLUMNS)
+    return "".join(json.dumps(blank | row, allow_nan=False) + "\n" for row in reversed(rows))
 
 
-def _append(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """All rows of one task and length in one write, so that a stop leaves none of them or all."""
+def _append(folder: Path, rows: Sequence[Row]) -> None:
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write(_lines(rows))
 
 
-def _changes(rows: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Paired differences: tail perplexity against each shorter length of the same model, everything against the baseline."""
-    main = [row for row in rows if row.get("values") and row["depth"] is None]
-    found = []
-    for row in main:
-        for other in main:
-            if row["task"] != other["task"] or len(row["values"]) != len(other["values"]):
-                continue
-            same_model = row["model"] == other["model"]
-            if same_model and row["task"].startswith("tail_perplexity") and other["length"] < row["length"]:
-                found.append(_change(row, other, f"change_from_{other['length']}", seed))
-            elif not same_model and row["length"] == other["length"] and row["model"] == rows[0]["model"]:
-                found.append(_change(row, other, "change_from_baseline", seed))
-    return found
-
-
-def _change(row: Mapping[str, Any], other: Mapping[str, Any], metric: str, seed: int) -> dict[str, Any]:
-    """The mean paired difference; for perplexities the relative change of the perplexity."""
-    difference = np.array(row["values"]) - np.array(other["values"])
-    relative = row["metric"] == "perplexity"
-
-    def statistic(index: np.ndarray) -> float:
-        mean = float(difference[index].mean())
-        return float(np.expm1(mean)) if relative else mean
-
-    low, high = bootstrap(statistic, row["clusters"], seed)
-    value = statistic(np.arange(len(difference)))
-    kept = {k: v for k, v in row.items() if k not in ("values", "clusters")}
-    return kept | {"metric": metric, "value": value, "ci_low": low, "ci_high": high, "n": len(difference), "seconds": 0.0}
-
-
-def _finish(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from hf_longctx.reporting import plot_results
-
+def _finish(folder: Path, rows: Sequence[Row]) -> list[Row]:
     plain = [{column: row.get(column) for column in COLUMNS} for row in rows]
     files.write_json(folder / "results.json", plain)
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -322,3 +423,41 @@ def _finish(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(plain)
     plot_results(plain, folder)
+    return plain
+
+
+# --- comparisons
+
+
+def _changes(rows: Sequence[Row], model: str, baseline: str | None = None) -> list[Row]:
+    """Paired differences: tail perplexity against each shorter length of the same model, everything against the baseline."""
+    overall = {(row["model"], row["task"], row["length"]): row for row in rows if "paired" in row}
+    found = []
+    for (name, task, length), row in overall.items():
+        shorter = [key for key in overall if key[:2] == (name, task) and key[2] < length] if task.startswith("tail_perplexity") else []
+        found += [_change(row, overall[key], f"change_from_{key[2]}") for key in shorter]
+        other = overall.get((baseline, task, length)) if baseline is not None and name == model else None
+        if other is None:
+            continue
+        if row["paired"]["targets"] == other["paired"]["targets"]:
+            found.append(_change(row, other, "change_from_baseline"))
+        else:
+            logger.warning("%s at %s is not compared: %s and %s tokenise its text differently", task, length, model, baseline)
+    return found
+
+
+def _change(row: Row, other: Row, metric: str) -> Row:
+    """The paired difference of accuracies, or the relative change of a perplexity over the same tokens."""
+    here, there = (np.array(r["paired"]["values"]) for r in (row, other))
+    weights, clusters = np.array(row["paired"]["weights"]), row["paired"]["clusters"]
+    if row["metric"] == "perplexity":
+
+        def relative(index: Any) -> float:
+            return float(np.expm1(np.average((here - there)[index], weights=weights[index])))
+
+        value, interval = relative(slice(None)), bootstrap(relative, clusters)
+    else:
+        value, interval = float((here - there).mean()), paired_shares(here.tolist(), there.tolist())
+    low, high = (None if math.isnan(end) else end for end in interval)
+    kept = {key: item for key, item in row.items() if key not in ("paired", "seconds", "peak_memory", "tokens")}
+    return kept | {"metric": metric, "value": value, "ci_low": low, "ci_high": high}

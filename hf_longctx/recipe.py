@@ -244,3 +244,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors that complete and check YAML."""
+    from pydantic import TypeAdapter
+
+    schema = TypeAdapter(Recipe).json_schema()
+    many = schema["properties"]
+    for key in ("data", "methods"):  # one source or method may stand without a list
+        many[key] = {"anyOf": [many[key], many[key]["items"]]} | ({"default": []} if key == "methods" else {})
+    return schema

@@ -15,6 +15,7 @@ import numpy as np
 
 from hf_longctx import evals as _folder
 from hf_longctx.schema import STRICT_KEYS, build, nearest
+from hf_longctx.stats import bootstrap, wilson
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class Cell:
     start: int
     stop: int
     depth: float | None = None
-    cluster: object = None
+    cluster: int = 0
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The tokens that are scored."""
+        return self.ids[self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Result:
-    """One number. `values` holds one entry a cell where results of several runs can be paired, with their `clusters`."""
+    """One number, with a 95 % interval (NaN where there is too little for one).
+
+    The overall result of a task also holds one entry a cell, so that it can be paired with that of another run:
+
+    Attributes:
+        values: hits, or mean -log p.
+        weights: scored tokens; the mean of `values` with these weights is the result, or its logarithm.
+        clusters: documents; cells of one are not independent.
+    """
 
     metric: str
     value: float
@@ -54,8 +68,9 @@ class Result:
     ci_low: float
     ci_high: float
     depth: float | None = None
-    values: tuple[float, ...] | None = None
-    clusters: tuple[object, ...] | None = None
+    values: tuple[float, ...] = ()
+    weights: tuple[int, ...] = ()
+    clusters: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,9 @@ def load_task(spec: Task | str | Mapping[str, Any]) -> Task:
         return spec
     values = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = values.pop("name", None)
-    return build(task_class(str(name)), values, str(name))
+    if not isinstance(name, str):
+        raise ValueError(f"a task needs a name, got {spec!r}; there is: {', '.join(task_names())}")
+    return build(task_class(name), values, name)
 
 
 def encode(tokenizer: Any, text: str) -> np.ndarray:
@@ -165,30 +182,37 @@ def hide(tokenizer: Any, parts: Sequence[np.ndarray], filler: np.ndarray, length
 
 def exact_match(cell: Cell, output: Scored, tokenizer: Any) -> bool:
     """Greedy decoding would give exactly the answer, and no further digit after it."""
-    answer = cell.ids[cell.start :]
-    if not np.array_equal(output.best[: len(answer)], answer):
+    answer = cell.targets.tolist()
+    best = output.best.tolist()
+    if best[: len(answer)] != answer:
         return False
-    return not tokenizer.decode([int(output.best[len(answer)])]).strip()[:1].isdigit()
+    key, more = tokenizer.decode(answer), tokenizer.decode(best[: len(answer) + 1])
+    return not more[len(key) :][:1].isdigit()
 
 
 def accuracy(cells: Sequence[Cell], hits: Sequence[bool]) -> list[Result]:
     """Share of hits, over all cells and by depth, with 95 % Wilson intervals."""
-    from hf_longctx.stats import wilson
-
-    rows = [Result("accuracy", float(np.mean(hits)), len(hits), *wilson(sum(hits), len(hits)), values=tuple(map(float, hits)), clusters=tuple(range(len(hits))))]
+    trials = len(hits)
+    paired = {"values": tuple(map(float, hits)), "weights": (1,) * trials, "clusters": tuple(range(trials))}
+    rows = [_share(hits, None, **paired)]
     for depth in sorted({c.depth for c in cells if c.depth is not None}):
-        mine = [h for c, h in zip(cells, hits, strict=True) if c.depth == depth]
-        rows.append(Result("accuracy", float(np.mean(mine)), len(mine), *wilson(sum(mine), len(mine)), depth=depth))
+        rows.append(_share([h for c, h in zip(cells, hits, strict=True) if c.depth == depth], depth))
     return rows
 
 
-def perplexity_result(cells: Sequence[Cell], outputs: Sequence[Scored], seed: int = 0) -> Result:
-    """exp of the mean -log p over every scored token of every cell, with a bootstrap interval over documents."""
-    from hf_longctx.stats import bootstrap
+def _share(hits: Sequence[bool], depth: float | None, **paired: Any) -> Result:
+    return Result("accuracy", float(np.mean(hits)), len(hits), *wilson(sum(hits), len(hits)), depth=depth, **paired)
 
-    sums = np.array([o.nll.sum() for o in outputs])
+
+def perplexity_result(cells: Sequence[Cell], outputs: Sequence[Scored]) -> Result:
+    """exp of the mean -log p over every scored token of every cell, with a bootstrap interval over documents."""
+    sums = np.array([o.nll.sum(dtype=np.float64) for o in outputs])
     counts = np.array([len(o.nll) for o in outputs])
-    clusters = [c.cluster for c in cells]
-    low, high = bootstrap(lambda i: float(np.exp(sums[i].sum() / counts[i].sum())), clusters, seed)
-    value = float(np.exp(sums.sum() / counts.sum()))
-    return Result("perplexity", value, int(counts.sum()), low, high, values=tuple(sums / counts), clusters=tuple(clusters))
+    clusters = tuple(c.cluster for c in cells)
+
+    def perplexity(index: Any) -> float:
+        return float(np.exp(sums[index].sum() / counts[index].sum()))
+
+    low, high = bootstrap(perplexity, clusters)
+    means, weights = (sums / counts).tolist(), counts.tolist()
+    return Result("perplexity", perplexity(slice(None)), sum(weights), low, high, values=tuple(means), weights=tuple(weights), clusters=clusters)

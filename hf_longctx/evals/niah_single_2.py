@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, hide, question_and_answer
 
@@ -31,8 +32,8 @@ class NiahSingle2(Task):
     must come first (RULER: anywhere in 128 tokens)."""
 
     source = "arXiv:2404.06654"
-    n: int = 20  # trials a depth
-    depths: int = 10  # evenly spaced from 0 to 1
+    n: PositiveInt = 20  # trials a depth
+    depths: PositiveInt = 10  # evenly spaced from 0 to 1
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
         rng = np.random.default_rng([seed, length])

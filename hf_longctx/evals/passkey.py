@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, hide, question_and_answer
 
@@ -26,8 +27,8 @@ class Passkey(Task):
 
     source = "arXiv:2305.16300"
     needs_text = False
-    n: int = 20  # keys a depth
-    depths: int = 10  # evenly spaced from 0 to 1
+    n: PositiveInt = 20  # keys a depth
+    depths: PositiveInt = 10  # evenly spaced from 0 to 1
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
         rng = np.random.default_rng([seed, length])

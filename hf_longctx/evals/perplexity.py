@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from hf_longctx.schema import Size
 from hf_longctx.task import Cell, Result, Scored, Task, opening, perplexity_result
@@ -21,7 +22,7 @@ class Perplexity(Task):
     source = "arXiv:2108.12409"
     stride: Size = 1024
     tokens: Size | None = None  # of each document; by default the longest length asked for
-    documents: int = 20  # at most
+    documents: PositiveInt = 20  # at most
 
     def for_lengths(self, lengths: Sequence[int]) -> Task:
         return replace(self, tokens=self.tokens or max(lengths))
@@ -29,6 +30,8 @@ class Perplexity(Task):
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
         first = opening(tokenizer)
         limit = self.tokens or length
+        if min(length, limit) < 2:
+            raise ValueError(f"perplexity needs at least 2 tokens, got {min(length, limit)}")
         chosen = [d[:limit].astype(np.int64) for d in documents if len(d) >= limit][: self.documents]
         if not chosen:
             raise ValueError(f"no document has {limit} tokens (the longest has {max(map(len, documents), default=0)}); give --data with longer ones")
@@ -36,7 +39,7 @@ class Perplexity(Task):
 
     def _windows(self, text: np.ndarray, first: np.ndarray, length: int, number: int) -> list[Cell]:
         room = length - len(first)
-        stride = min(self.stride, room)
+        stride = min(self.stride, length - 1)  # a window always starts with a token that is not scored
         found, done = [], 0
         while done < len(text):
             end = min(len(text), max(done + stride, room))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from hf_longctx.schema import Size
 from hf_longctx.task import Cell, Result, Scored, Task, opening, perplexity_result
@@ -18,18 +19,20 @@ class TailPerplexity(Task):
     uses its context falls. Spans do not overlap; they end at least the longest length asked for into the document."""
 
     source = "ours"
-    tokens: Size = 1024  # of a span, at most half the shortest length
-    spans: int = 8  # a document, as far as it is long enough
+    tokens: Size | None = None  # of a span; by default 1,024, or half the shortest length asked for if that is less
+    spans: PositiveInt = 8  # a document, as far as it is long enough
     longest: Size | None = None  # context that every span must have; by default the longest length asked for
 
     def for_lengths(self, lengths: Sequence[int]) -> Task:
-        return replace(self, longest=self.longest or max(lengths), tokens=min(self.tokens, min(lengths) // 2))
+        return replace(self, longest=self.longest or max(lengths), tokens=self.tokens or _span(min(lengths)))
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
         first = opening(tokenizer)
-        need, size = self.longest or length, self.tokens
-        if size >= length:
+        need, size = self.longest or length, self.tokens or _span(length)
+        if size + len(first) >= length:
             raise ValueError(f"spans of {size} tokens leave no context at length {length}; set tokens lower")
+        if need < length:
+            raise ValueError(f"spans with {need} tokens before and in them cannot be measured at length {length}; set longest higher")
         found = []
         for number, text in enumerate(documents):
             for end in self._ends(len(text), need, size):
@@ -47,3 +50,7 @@ class TailPerplexity(Task):
 
     def score(self, cells: Sequence[Cell], outputs: Sequence[Scored], tokenizer: Any) -> list[Result]:
         return [perplexity_result(cells, outputs)]
+
+
+def _span(shortest: int) -> int:
+    return max(1, min(1024, shortest // 2))

@@ -106,11 +106,11 @@ def main() -> None:
     contenders = {
         "Trainer + PEFT": lambda: plain(options, folder),
         "Trainer + PEFT, use_liger_kernel": lambda: plain(options, folder, use_liger_kernel=True),
-        "Trainer + PEFT, torch_compile, use_liger_kernel": lambda: plain(options, folder, torch_compile=True, use_liger_kernel=True),
         "longctx": lambda: ours(options, folder),
         "longctx, target 64k": lambda: ours(options, folder, 8),
         "longctx, target 1M": lambda: ours(options, folder, 128),
         "evaluation at 131,072 tokens": lambda: evaluation_memory(options, 131072),
+        "Trainer + PEFT, torch_compile, use_liger_kernel": lambda: plain(options, folder, torch_compile=True, use_liger_kernel=True),
     }
     rows = {}
     for name, run in contenders.items():

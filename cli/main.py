@@ -1,0 +1,369 @@
+"""`longctx`: parsing and printing only. Everything heavy is imported inside the command that needs it."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_longctx import __version__
+
+app = typer.Typer(
+    name="longctx", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Give a language model a longer context window than it was trained with, cheaply, and prove it.",
+)  # fmt: skip
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, an adapter folder or a .gguf file.")]
+Methods = Annotated[list[str] | None, typer.Option("-m", "--method", metavar="NAME[:key=value,...]", help="A method; may be repeated. Values are YAML, or @file.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Base = Annotated[str | None, typer.Option("--base", help="Where an adapter's base model is, if it has moved.")]
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 a run failed, 2 wrong input, 130 interrupted and resumable."""
+    _quiet()
+    try:
+        status = app(standalone_mode=False)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the parser
+            _fail(error.format_message(), 2)
+        if type(error).__name__ == "Abort":  # what the parser makes of KeyboardInterrupt, training's Interrupted included
+            _fail(str(error.__cause__ or "") or "interrupted", 130)
+        if os.environ.get("LONGCTX_TRACEBACK"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (LONGCTX_TRACEBACK=1 shows where)", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    err.print(f"longctx: {' '.join(message.split())}", markup=False)
+    sys.exit(status)
+
+
+def _quiet() -> None:
+    """Libraries' progress bars and advice would bury the few lines that we print."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::UserWarning")
+    logging.basicConfig(level=logging.WARNING, format="longctx: %(message)s")
+    for noisy in ("httpx", "huggingface_hub", "datasets", "matplotlib", "torch", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def parse_spec(text: str) -> dict[str, Any]:
+    """`yarn:factor=4,beta_fast=16` -> {"name": "yarn", "factor": 4, "beta_fast": 16}; commas inside [ ] and { } do not split."""
+    from hf_longctx.recipe import parse_value
+
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {"name": name}
+    for part in _split(rest):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: expected key=value, got {part!r}")
+        values[key.strip()] = parse_value(value)
+    return values
+
+
+def _split(text: str) -> Iterator[str]:
+    depth, part = 0, ""
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            yield part
+            part = ""
+        else:
+            part += letter
+    if part:
+        yield part
+
+
+def _specs(texts: list[str] | None) -> list[dict[str, Any]]:
+    return [parse_spec(text) for text in texts or []]
+
+
+def _lines(values: dict[str, Any]) -> None:
+    width = max(map(len, values))
+    for key, value in values.items():
+        out.print(f"{key:{width}}  {value}", markup=False)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Describe one method.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or describe one: fields, slot, formula, paper."""
+    from hf_longctx.method import describe, method_class, method_names
+
+    found = [describe(method_class(each)) for each in ([name] if name else method_names())]
+    if as_json:
+        out.print_json(json.dumps(found[0] if name else found))
+    elif name:
+        _describe(found[0])
+    else:
+        table = Table("method", "slot", "fields", "paper", box=None, pad_edge=False)
+        for each in found:
+            table.add_row(each["name"], ", ".join(each["slots"]), ", ".join(each["fields"]), each["paper"])
+        out.print(table)
+
+
+def _describe(found: dict[str, Any]) -> None:
+    _lines({"method": found["name"], "slot": ", ".join(found["slots"]), "paper": found["paper"], "formula": found["formula"]})
+    for field, default in found["fields"].items():
+        out.print(f"  {field} = {'(required)' if field in found['required'] else default}", markup=False)
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False, revision: Revision = None) -> None:
+    """Family, trained window, RoPE, methods applied, and who can load it."""
+    _quiet_transformers()
+    from hf_longctx.checkpoint import inspect_model
+
+    facts = inspect_model(model, revision=revision)
+    if as_json:
+        out.print_json(json.dumps(facts))
+    else:
+        plain = facts | {"methods": ", ".join(m["name"] for m in facts["methods"]) or "none", "loads_with": ", ".join(facts.get("loads_with", []))}
+        _lines({key.replace("_", " "): value for key, value in plain.items()})
+
+
+@app.command()
+def patch(model: Model, method: Methods, out_folder: Out, overwrite: Overwrite = False, revision: Revision = None) -> None:
+    """Write MODEL with another position handling; weights are linked or copied, not loaded."""
+    _quiet_transformers()
+    from hf_longctx.checkpoint import inspect_model
+    from hf_longctx.checkpoint import patch as run
+    from hf_longctx.schema import format_size
+
+    run(model, _specs(method), out_folder, revision=revision, overwrite=overwrite)
+    facts = inspect_model(out_folder)
+    names = ", ".join(m["name"] for m in facts["methods"])
+    out.print(f"{out_folder}: window {format_size(facts['trained_window'])} -> {format_size(facts['window'])} by {names}; proved on the rotary module", markup=False)
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe.")],
+    out_folder: Annotated[Path | None, typer.Option("--out", help="The folder for checkpoints and the result.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. methods.0.factor=8; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it, and train nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    overwrite: Overwrite = False,
+    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Start this many processes, one a GPU.")] = 1,
+) -> None:
+    """Train as RECIPE says: LoRA at a short window with skip-wise positions, or whatever the recipe asks for."""
+    _quiet_transformers()
+    from hf_longctx import training
+    from hf_longctx.recipe import read_recipe
+
+    found = read_recipe(recipe, changes or [])
+    if dry_run:
+        _show_plan(training.dry_run(found), out_folder)
+        return
+    if out_folder is None:
+        raise ValueError("give --out FOLDER, or --dry-run")
+    if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
+        _launch(num_gpus)
+        return
+    with _full_disk():
+        training.finetune(found, out_folder, resume=resume, overwrite=overwrite)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    out.print(f"{out_folder}: {'an adapter' if found.lora is not None else 'a model'}", markup=False)
+    if found.eval is not None:
+        _evaluate_after(found, out_folder)
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        err.print("longctx: the disk is full; earlier checkpoints are whole: free some room, then add --resume", markup=False)
+        raise typer.Exit(1) from None
+
+
+def _launch(processes: int) -> None:
+    """The same command under torchrun."""
+    from torch.distributed.run import main as torchrun
+
+    arguments = [a for a in sys.argv[1:] if a != "--num-gpus"]
+    at = sys.argv.index("--num-gpus") if "--num-gpus" in sys.argv else None
+    if at is not None:
+        arguments.pop(at - 1)
+    arguments = [a for a in arguments if not a.startswith("--num-gpus=")]
+    torchrun(["--standalone", "--nproc-per-node", str(processes), "-m", "hf_longctx.cli", *arguments])
+
+
+def _evaluate_after(recipe: Any, folder: Path) -> None:
+    from hf_longctx.checkpoint import inspect_model
+
+    spec = recipe.eval
+    facts = inspect_model(folder)
+    lengths = list(spec.lengths) or _doublings(facts["trained_window"], facts["window"])
+    _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
+
+
+def _doublings(low: int, high: int) -> list[int]:
+    lengths = [low]
+    while lengths[-1] * 2 <= high:
+        lengths.append(lengths[-1] * 2)
+    return lengths
+
+
+def _show_plan(found: dict[str, Any], folder: Path | None) -> None:
+    from hf_longctx.reporting import plot_coverage
+    from hf_longctx.schema import format_size
+
+    sampler = found["sampler"]
+    _lines(
+        {
+            "model": f"{found['model']} ({found['family']}, trained window {format_size(found['trained_window'])})",
+            "methods": "; ".join(_short(m) for m in found["methods"]) or "none",
+            "positions": _short(sampler),
+            "window": f"{format_size(found['window'])} -> positions up to {format_size(found['target'])}",
+            "data": f"{found['documents']:,} documents, {found['windows']:,} windows, {found['dropped']:,} documents dropped as too short",
+            "run": f"{found['steps']:,} steps x {found['batch']} windows = {found['tokens']:,} tokens, {found['epochs']:.2f} epochs",
+            "memory": ", ".join(f"{name} {size:.2f}" for name, size in found["memory"].items()) + " GiB (estimate)",
+        }
+    )
+    for number, sample in enumerate(found["samples"]):
+        out.print(f"sample {number}  {sample['labels']} labels", markup=False)
+        for chunk in sample["chunks"]:
+            out.print(f"  positions {chunk['positions'][0]:>7}-{chunk['positions'][1]:<7} {chunk['text']!r}", markup=False)
+        if sample["more"]:
+            out.print(f"  and {sample['more']} more chunks", markup=False)
+    coverage = found["coverage"]
+    bins = " ".join(f"{share:.3f}" for share in coverage["bins"])
+    out.print(f"coverage of relative distances: share of examples that contain them, in 16 equal bins\n  {bins}", markup=False)
+    out.print(f"  last half window {coverage['last_window']:.4f}; never met in {coverage['draws']} draws {coverage['never']:.1%}; pairs beyond the window {coverage['far_pairs']:.1%}", markup=False)
+    picture = (folder or Path.cwd()) / "coverage.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plot_coverage(coverage, found["window"], picture, f"{sampler['name']}, {format_size(found['window'])} -> {format_size(found['target'])}")
+    out.print(f"  {picture}", markup=False)
+
+
+def _short(spec: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name" and not isinstance(value, list))
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
+
+
+@app.command()
+def merge(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR")], out_folder: Out, base: Base = None, overwrite: Overwrite = False) -> None:
+    """Fold an adapter into its base: a stock checkpoint with the scaled configuration."""
+    _quiet_transformers()
+    from hf_longctx.checkpoint import inspect_model
+    from hf_longctx.checkpoint import merge as run
+    from hf_longctx.schema import format_size
+
+    run(adapter, out_folder, base=base, overwrite=overwrite)
+    facts = inspect_model(out_folder)
+    out.print(f"{out_folder}: {facts['family']}, window {format_size(facts['window'])}; loads with {', '.join(facts['loads_with'])}", markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens, e.g. 2k,8k,32k.")],
+    out_folder: Out,
+    task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME[:key=value,...]", help="May be repeated; default: passkey and perplexity.")] = None,
+    method: Methods = None,
+    data: Annotated[str | None, typer.Option("--data", help="Text (.txt .jsonl .parquet), token ids (.npz) or a hub dataset; default: Python's own documentation.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="A second model, on the same cells.")] = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; default: the accelerator if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; default: the checkpoint's, float32 on the CPU.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides keys, depths and resampling.")] = 0,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a forward pass; default: by length.")] = None,
+) -> None:
+    """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped."""
+    _quiet_transformers()
+    failed = _run_evaluation(
+        model, _specs(task) or ["passkey", "perplexity"], [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
+        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Path, **options: Any) -> bool:
+    """Evaluate with a progress bar, print the table; True if something failed."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from hf_longctx.evaluation import built_in_source
+    from hf_longctx.evaluation import evaluate as run
+    from hf_longctx.reporting import table
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+        shown: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                for old in shown.values():
+                    bar.update(old, visible=False)
+                shown[what] = bar.add_task(what, total=total)
+            bar.update(shown[what], completed=done)
+
+        rows = run(model, tasks, lengths, out=folder, progress=progress, **options)
+    if not options.get("data"):
+        out.print(f"text: {built_in_source()}", markup=False)
+    head, *lines = table(rows)
+    shown_table = Table(*head, box=None, pad_edge=False)
+    for line in lines:
+        shown_table.add_row(*line)
+    out.print(shown_table, markup=False)
+    out.print(f"{folder}: results.json, results.csv, pictures", markup=False)
+    return any(row["metric"] == "failed" for row in rows)
+
+
+@app.command()
+def demo(out_folder: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("longctx-demo")) -> None:
+    """The whole pipeline on a tiny built-in model: measure, patch, fine-tune, measure again. Minutes on a laptop CPU."""
+    _quiet_transformers()
+    from hf_longctx.demo import run
+
+    run(out_folder, lambda line: out.print(line, markup=False))
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON schema, for editors."""
+    from hf_longctx.recipe import json_schema
+
+    out.print_json(json.dumps(json_schema()))
