@@ -1,25 +1,28 @@
 """`longctx`: parsing and printing only. Everything heavy is imported inside the command that needs it."""
 
+import errno
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_longctx import __version__
 
 app = typer.Typer(
-    name="longctx", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="longctx", add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Give a language model a longer context window than it was trained with, cheaply, and prove it.",
 )  # fmt: skip
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 1000)  # piped, tables are not squeezed
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, an adapter folder or a .gguf file.")]
@@ -36,20 +39,22 @@ def main() -> None:
     _quiet()
     try:
         status = app(standalone_mode=False)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         _fail(str(error), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
             _fail(error.format_message(), 2)
-        if type(error).__name__ == "Abort":  # what the parser makes of KeyboardInterrupt, training's Interrupted included
-            _fail(str(error.__cause__ or "") or "interrupted", 130)
-        if os.environ.get("LONGCTX_TRACEBACK"):
-            raise
+        if type(error).__name__ == "Abort":  # what older parsers make of Ctrl-C
+            _fail("interrupted", 130)
         _fail(f"{type(error).__name__}: {error} (LONGCTX_TRACEBACK=1 shows where)", 1)
+    if status == 130:  # what the parser makes of Ctrl-C
+        _fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    if os.environ.get("LONGCTX_TRACEBACK"):
+        traceback.print_exc()
     err.print(f"longctx: {' '.join(message.split())}", markup=False)
     sys.exit(status)
 
@@ -77,10 +82,12 @@ def _quiet_transformers() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _version(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False)
 
 
 def parse_spec(text: str) -> dict[str, Any]:
@@ -88,20 +95,29 @@ def parse_spec(text: str) -> dict[str, Any]:
     from hf_longctx.recipe import parse_value
 
     name, _, rest = text.partition(":")
-    values: dict[str, Any] = {"name": name}
+    values: dict[str, Any] = {"name": name.strip()}
     for part in _split(rest):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"{text!r}: expected key=value, got {part!r}")
-        values[key.strip()] = parse_value(value)
+        key = key.strip()
+        if key in values:
+            raise ValueError(f"{text!r}: {key} is given twice" if key != "name" else f"{text!r}: the name goes before the colon")
+        values[key] = parse_value(value)
     return values
 
 
 def _split(text: str) -> Iterator[str]:
-    depth, part = 0, ""
+    """Parts between commas that stand outside brackets and quotes."""
+    depth, part, quote = 0, "", ""
     for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and part[-1:] in ("=", "[", "{", ",", ":", " "):  # elsewhere it is an apostrophe
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0 and not quote:
             yield part
             part = ""
         else:
@@ -120,6 +136,15 @@ def _lines(values: dict[str, Any]) -> None:
         out.print(f"{key:{width}}  {value}", markup=False)
 
 
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    shown = Table(box=None, pad_edge=False)
+    for column in head:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Describe one method.")] = None,
@@ -134,10 +159,7 @@ def methods(
     elif name:
         _describe(found[0])
     else:
-        table = Table("method", "slot", "fields", "paper", box=None, pad_edge=False)
-        for each in found:
-            table.add_row(each["name"], ", ".join(each["slots"]), ", ".join(each["fields"]), each["paper"])
-        out.print(table)
+        _table(("method", "slot", "fields", "paper"), [[each["name"], ", ".join(each["slots"]), ", ".join(each["fields"]), each["paper"]] for each in found])
 
 
 def _describe(found: dict[str, Any]) -> None:
@@ -179,7 +201,7 @@ def finetune(
     recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe.")],
     out_folder: Annotated[Path | None, typer.Option("--out", help="The folder for checkpoints and the result.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. methods.0.factor=8; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it, and train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it with ./coverage.png, and train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Start this many processes, one a GPU.")] = 1,
@@ -191,28 +213,36 @@ def finetune(
 
     found = read_recipe(recipe, changes or [])
     if dry_run:
-        _show_plan(training.dry_run(found), out_folder)
+        if num_gpus > 1:
+            os.environ["WORLD_SIZE"] = str(num_gpus)  # as torchrun will: a step takes a batch from each process
+        _show_plan(training.dry_run(found))
         return
     if out_folder is None:
         raise ValueError("give --out FOLDER, or --dry-run")
+    if resume and overwrite:
+        raise ValueError("--resume goes on with what --out holds and --overwrite throws it away; give one of them")
     if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
         _launch(num_gpus)
         return
-    with _full_disk():
+    with _told():
         training.finetune(found, out_folder, resume=resume, overwrite=overwrite)
     if os.environ.get("RANK", "0") != "0":
         return
     out.print(f"{out_folder}: {'an adapter' if found.lora is not None else 'a model'}", markup=False)
-    if found.eval is not None:
-        _evaluate_after(found, out_folder)
+    if found.eval is not None and _evaluate_after(found, out_folder):
+        raise typer.Exit(1)
 
 
 @contextmanager
-def _full_disk() -> Iterator[None]:
+def _told() -> Iterator[None]:
+    """Say how to go on after what stops long runs: Ctrl-C and a full disk."""
     try:
         yield
-    except OSError as error:
-        if error.errno != 28:
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted", 130)
+    except Exception as error:
+        # safetensors says it in words, torch.save only that it is not where it should be in the file
+        if getattr(error, "errno", None) != errno.ENOSPC and not any(words in str(error) for words in ("No space left", "unexpected pos")):
             raise
         err.print("longctx: the disk is full; earlier checkpoints are whole: free some room, then add --resume", markup=False)
         raise typer.Exit(1) from None
@@ -220,23 +250,27 @@ def _full_disk() -> Iterator[None]:
 
 def _launch(processes: int) -> None:
     """The same command under torchrun."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    arguments = [a for a in sys.argv[1:] if a != "--num-gpus"]
-    at = sys.argv.index("--num-gpus") if "--num-gpus" in sys.argv else None
-    if at is not None:
-        arguments.pop(at - 1)
-    arguments = [a for a in arguments if not a.startswith("--num-gpus=")]
-    torchrun(["--standalone", "--nproc-per-node", str(processes), "-m", "hf_longctx.cli", *arguments])
+    before = ["", *sys.argv[1:]]
+    arguments = [a for a, last in zip(before[1:], before, strict=False) if last != "--num-gpus" and a.partition("=")[0] != "--num-gpus"]
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(processes), "-m", "hf_longctx.cli", *arguments])
+    except ChildFailedError as error:  # the processes have said why
+        raise typer.Exit(2 if error.get_first_failure()[1].exitcode == 2 else 1) from None
+    except SignalException:
+        _fail("interrupted; add --resume to go on", 130)
 
 
-def _evaluate_after(recipe: Any, folder: Path) -> None:
+def _evaluate_after(recipe: Any, folder: Path) -> bool:
     from hf_longctx.checkpoint import inspect_model
 
     spec = recipe.eval
     facts = inspect_model(folder)
     lengths = list(spec.lengths) or _doublings(facts["trained_window"], facts["window"])
-    _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
+    return _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
 
 
 def _doublings(low: int, high: int) -> list[int]:
@@ -246,7 +280,7 @@ def _doublings(low: int, high: int) -> list[int]:
     return lengths
 
 
-def _show_plan(found: dict[str, Any], folder: Path | None) -> None:
+def _show_plan(found: dict[str, Any]) -> None:
     from hf_longctx.reporting import plot_coverage
     from hf_longctx.schema import format_size
 
@@ -272,8 +306,7 @@ def _show_plan(found: dict[str, Any], folder: Path | None) -> None:
     bins = " ".join(f"{share:.3f}" for share in coverage["bins"])
     out.print(f"coverage of relative distances: share of examples that contain them, in 16 equal bins\n  {bins}", markup=False)
     out.print(f"  last half window {coverage['last_window']:.4f}; never met in {coverage['draws']} draws {coverage['never']:.1%}; pairs beyond the window {coverage['far_pairs']:.1%}", markup=False)
-    picture = (folder or Path.cwd()) / "coverage.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture = Path.cwd() / "coverage.png"  # not in --out, which has to be free when the run starts
     plot_coverage(coverage, found["window"], picture, f"{sampler['name']}, {format_size(found['window'])} -> {format_size(found['target'])}")
     out.print(f"  {picture}", markup=False)
 
@@ -314,8 +347,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped."""
     _quiet_transformers()
+    tasks = _specs(task) or [{"name": "passkey"}, {"name": "perplexity"}]
     failed = _run_evaluation(
-        model, _specs(task) or ["passkey", "perplexity"], [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
+        model, tasks, [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
         baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     if failed:
@@ -329,8 +363,9 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
     from hf_longctx.evaluation import built_in_source
     from hf_longctx.evaluation import evaluate as run
     from hf_longctx.reporting import table
+    from hf_longctx.task import load_task
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
         shown: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -341,13 +376,10 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
             bar.update(shown[what], completed=done)
 
         rows = run(model, tasks, lengths, out=folder, progress=progress, **options)
-    if not options.get("data"):
+    if not options.get("data") and any(load_task(task).needs_text for task in tasks):
         out.print(f"text: {built_in_source()}", markup=False)
     head, *lines = table(rows)
-    shown_table = Table(*head, box=None, pad_edge=False)
-    for line in lines:
-        shown_table.add_row(*line)
-    out.print(shown_table, markup=False)
+    _table(head, lines)
     out.print(f"{folder}: results.json, results.csv, pictures", markup=False)
     return any(row["metric"] == "failed" for row in rows)
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_longctx import __version__, files
 from hf_longctx.integration import rope
-from hf_longctx.method import Method, load_methods
+from hf_longctx.method import Method, load_methods, method_names
 from hf_longctx.patching import patch_config, patch_model, prove_config, window_of
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def patch(
         RuntimeError: what was installed does not compute what the method does.
     """
     chosen = load_methods(methods)
+    if not chosen:
+        raise ValueError(f"no method given; there is: {', '.join(method_names('rope'))}")
     if isinstance(model, PreTrainedModel):
         return patch_model(model, chosen)
     if isinstance(model, torch.nn.Module):

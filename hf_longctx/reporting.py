@@ -1,6 +1,7 @@
 """Tables and pictures of results."""
 
-import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,35 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     overall = [row for row in rows if row["depth"] is None]
     lengths = sorted({row["length"] for row in overall})
     lines = [["model", "task", "metric", *map(format_size, lengths)]]
+    shares = {row["task"] for row in rows if row["metric"] == "accuracy"}
     for key in dict.fromkeys((row["model"], row["task"], row["metric"]) for row in overall):
         found = {row["length"]: row for row in overall if (row["model"], row["task"], row["metric"]) == key}
-        lines.append([*key, *(_cell(found.get(length)) for length in lengths)])
+        lines.append([*key, *(_cell(found.get(length), key[1] in shares) for length in lengths)])
     return lines
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: Mapping[str, Any] | None, share: bool) -> str:
+    """`value [low, high]`, without the interval where there is none; changes in percent, those of shares in points."""
     if row is None:
         return ""
-    if row["value"] is None or math.isnan(row["value"]):
+    if row["value"] is None:
         return "failed"
-    if row["metric"].startswith("change"):
-        return f"{100 * row['value']:+.1f} % [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
-    digits = 2 if row["metric"] in ("accuracy", "perplexity") else 3
-    return f"{row['value']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+    change = row["metric"].startswith("change")
+    scale, unit = (100, " points" if share else " %") if change else (1, "")
+    value, *interval = (None if row[k] is None else f"{scale * row[k]:{'+.1f' if change else '.2f'}}" for k in ("value", "ci_low", "ci_high"))
+    return f"{value}{unit}" + (f" [{', '.join(map(str, interval))}]" if None not in interval else "")
 
 
 def plot_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """One PNG a task: length against depth where a task has depths, otherwise a curve over length."""
     made = []
-    for task in dict.fromkeys(row["task"] for row in rows):
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    families = [task.partition(":")[0] for task in tasks]
+    for task, family in zip(tasks, families, strict=True):
         mine = [row for row in rows if row["task"] == task and row["metric"] in ("accuracy", "perplexity")]
         if not mine:
             continue
-        path = folder / f"{task.partition(':')[0]}.png"
+        path = folder / f"{family if families.count(family) == 1 else re.sub('[^A-Za-z0-9._=-]+', '-', task)}.png"
         draw = _heat_map if any(row["depth"] is not None for row in mine) else _curves
         draw(task, mine, path)
         made.append(path)
@@ -47,42 +52,55 @@ def plot_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def _heat_map(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    import numpy as np
-
     plt = _pyplot()
     models = list(dict.fromkeys(row["model"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows if row["depth"] is not None})
-    figure, axes = plt.subplots(1, len(models), figsize=(1.6 + 3.4 * len(models), 3.6), squeeze=False, layout="constrained")
+    wide = max(2.2, 0.55 * len(lengths)) + 0.8
+    figure, axes = plt.subplots(1, len(models), figsize=(1.2 + wide * len(models), 1.4 + 0.26 * len(depths)), squeeze=False, sharey=True, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
-        grid = np.full((len(depths), len(lengths)), np.nan)
-        for row in rows:
-            if row["model"] == model and row["depth"] is not None:
-                grid[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
-        axis.set_xticks(range(len(lengths)), [format_size(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-        axis.set_xlabel("length (tokens)")
-        axis.set_title(_short(model), fontsize=9)
+        image = _panel(axis, [row for row in rows if row["model"] == model and row["depth"] is not None], lengths, depths)
+        axis.set_title(_wrapped(model, wide), fontsize=9)
     axes[0][0].set_ylabel("depth")
-    figure.colorbar(image, ax=axes[0].tolist(), label="accuracy", fraction=0.05)
+    figure.colorbar(image, ax=axes[0].tolist(), label="accuracy (%)", format=lambda share, _: f"{100 * share:.0f}")
     figure.suptitle(task, fontsize=10)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
+def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], lengths: list[int], depths: list[float]) -> Any:
+    """One model's accuracies, with the number in each cell; a cell that failed stays white."""
+    import numpy as np
+
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for row in rows:
+        y, x = depths.index(row["depth"]), lengths.index(row["length"])
+        grid[y, x] = row["value"]
+        axis.text(x, y, f"{100 * row['value']:.0f}", ha="center", va="center", fontsize=7, color="black")
+    axis.set_xticks(range(len(lengths)), [format_size(n) for n in lengths], rotation=0 if len(lengths) < 8 else 90)
+    axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+    axis.set_xlabel("length (tokens)")
+    return axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", alpha=0.85, aspect="auto", origin="upper")
+
+
 def _curves(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    from matplotlib.ticker import LogLocator
+
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
     for colour, model in zip(_COLOURS * 9, dict.fromkeys(row["model"] for row in rows), strict=False):
         mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["length"])
         lengths, values = [row["length"] for row in mine], [row["value"] for row in mine]
-        axis.plot(lengths, values, marker="o", color=colour, label=_short(model))
-        axis.fill_between(lengths, [row["ci_low"] for row in mine], [row["ci_high"] for row in mine], color=colour, alpha=0.15, linewidth=0)
+        axis.plot(lengths, values, marker="o", color=colour, label=_wrapped(model, 5))
+        low, high = ([float("nan") if row[key] is None else row[key] for row in mine] for key in ("ci_low", "ci_high"))
+        axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
     ticks = sorted({row["length"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [format_size(n) for n in ticks])
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.minorticks_off()
     axis.set_xlabel("length (tokens)")
     axis.set_ylabel(rows[0]["metric"])
     axis.set_title(task, fontsize=10)
@@ -122,6 +140,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _short(model: str) -> str:
-    """The last part of a path, whole hub ids."""
-    return model if model.count("/") < 2 else "…/" + model.rpartition("/")[2]
+def _wrapped(model: str, inches: float) -> str:
+    """A label that fits: of a long path its last two parts, the methods beside it on lines of their own."""
+    name, *methods = model.split(" + ")
+    short = name if name.count("/") < 2 else "…/" + "/".join(name.split("/")[-2:])
+    return "\n".join(line for part in [short, *(f"+ {m}" for m in methods)] for line in textwrap.wrap(part, round(14 * inches)))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cream(Method):
-    """Three segments: a head at the first positions, a tail at the last ones before the target, and a middle whose end is
+    """Head, middle and tail of the target window in one short window.
+
+    Three segments: a head at the first positions, a tail at the last ones before the target, and a middle whose end is
     drawn around the centre: a ~ truncated normal(1 + f, sigma) on [2, 2f], then uniform between head + (mid-1) a/2 and
     a N / 2 - tail - 1, with N the window and f = target / N. A coin per example makes head and tail a third of the window
     ("relativity") or 4 f tokens ("continuity").

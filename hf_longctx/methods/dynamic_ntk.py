@@ -7,7 +7,9 @@ from hf_longctx.method import Frequencies, Method, RopeChange, Shape, require, r
 
 @dataclass(frozen=True)
 class DynamicNtk(Method):
-    """base' = base (factor l / L - (factor - 1))^(D/(D-2)) for a length l beyond the trained window L.
+    """NTK whose base grows with the length seen, for inference only.
+
+    base' = base (factor l / L - (factor - 1))^(D/(D-2)) for a length l beyond the trained window L.
 
     Inference only: keys already cached keep the base they were rotated with, and skipped training positions would
     move the base from batch to batch. `max_position_embeddings` stays at L, since Transformers takes l from there."""

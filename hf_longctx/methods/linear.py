@@ -7,7 +7,7 @@ from hf_longctx.method import Method, RopeChange, Shape, require_factor
 
 @dataclass(frozen=True)
 class Linear(Method):
-    """theta'_j = theta_j / factor: every position is divided by the factor."""
+    """Divides every position by the factor: theta'_j = theta_j / factor."""
 
     paper = "arXiv:2306.15595"
     factor: float

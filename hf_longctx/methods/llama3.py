@@ -8,7 +8,9 @@ from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
 
 @dataclass(frozen=True)
 class Llama3(Method):
-    """theta'_j = theta_j / factor where the wavelength exceeds L / low_freq_factor, theta_j where it is below
+    """Slows pairs with long wavelengths, keeps those with short ones, blends between them.
+
+    theta'_j = theta_j / factor where the wavelength exceeds L / low_freq_factor, theta_j where it is below
     L / high_freq_factor, and between them (1-s) theta_j / factor + s theta_j with
     s = (L / wavelength - low) / (high - low). No attention temperature."""
 

@@ -8,7 +8,9 @@ from hf_longctx.method import Frequencies, Method, RopeChange, Shape, require, r
 
 @dataclass(frozen=True)
 class Longrope(Method):
-    """theta'_j = theta_j / long_factor_j once a position lies past the trained window, theta_j / short_factor_j before;
+    """A factor of its own for each rotary pair, from a list.
+
+    theta'_j = theta_j / long_factor_j once a position lies past the trained window, theta_j / short_factor_j before;
     cos and sin times sqrt(1 + ln factor / ln L).
 
     The lists have one entry a rotary pair: `-m longrope:factor=8,long_factor=@factors.json`. With `short_factor` left out

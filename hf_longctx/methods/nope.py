@@ -10,7 +10,7 @@ _STILL = 1e-18  # slow enough that no position reached in practice turns by one 
 
 @dataclass(frozen=True)
 class Nope(Method):
-    """theta'_j = 0: cos = 1, sin = 0, only the causal mask tells positions apart. A pretrained RoPE model must be
+    """No rotation at all: theta'_j = 0, so that only the causal mask tells positions apart. A pretrained RoPE model must be
     retrained afterwards (DroPE uses billions of tokens). `target` is the window to write, the trained one by default."""
 
     paper = "arXiv:2305.19466"

@@ -7,8 +7,9 @@ from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
 
 @dataclass(frozen=True)
 class Ntk(Method):
-    """theta'_j = theta_j factor^(-2j/(D-2)), that is base' = base factor^(D/(D-2)) with D the rotary dimension:
-    the fastest pair stays, the slowest is divided by the factor. The usable factor lies below the nominal one."""
+    """Slows the slow pairs and keeps the fast ones: theta'_j = theta_j factor^(-2j/(D-2)).
+
+    That is base' = base factor^(D/(D-2)) with D the rotary dimension: the fastest pair stays, the slowest is divided by the factor. The usable factor lies below the nominal one."""
 
     paper = "arXiv:2309.00071"
     factor: float

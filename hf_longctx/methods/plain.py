@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plain(Method):
-    """token i of the window gets position i."""
+    """Contiguous text: token i of the window gets position i."""
 
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
         import numpy as np

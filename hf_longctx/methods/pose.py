@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pose(Method):
-    """The window is cut into `chunks` of random length; chunk i is moved right by u_i, u_0 = 0 and
+    """Chunks of a short window at far-apart positions, up to the target.
+
+    The window is cut into `chunks` of random length; chunk i is moved right by u_i, u_0 = 0 and
     u_i ~ U{u_{i-1}, ..., target - window}, so that positions up to the target are met with `window` tokens.
 
     `form: paper` draws chunk lengths freely (section 3.2). `form: code` is the published script: two chunks, the first at

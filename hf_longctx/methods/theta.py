@@ -8,7 +8,7 @@ from hf_longctx.schema import Size
 
 @dataclass(frozen=True)
 class Theta(Method):
-    """theta'_j = base'^(-2j/D): the rotary base is set to `theta`, and the window to `target`."""
+    """A larger rotary base: theta'_j = `theta`^(-2j/D), and the window becomes `target`."""
 
     paper = "arXiv:2309.16039"
     theta: float  # the new base: 1e6 in Code Llama, 8e6 for 64k and 1.28e8 for 512k in ProLong

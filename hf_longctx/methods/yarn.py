@@ -14,7 +14,9 @@ from hf_longctx.method import Method, RopeChange, Shape, require, require_factor
 
 @dataclass(frozen=True)
 class Yarn(Method):
-    """theta'_j = (1-g_j) theta_j / factor + g_j theta_j, where g falls from 1 (pairs that turn more than `beta_fast` times
+    """Slows pairs that turn little within the trained window, keeps the others, sharpens attention.
+
+    theta'_j = (1-g_j) theta_j / factor + g_j theta_j, where g falls from 1 (pairs that turn more than `beta_fast` times
     in the trained window are kept) to 0 (fewer than `beta_slow` times: interpolated); cos and sin times 0.1 ln factor + 1.
 
     `blend: wavelength` is the form of the PoSE code, theta'_j = theta_j / ((1-g_j) factor + g_j); the two differ only
