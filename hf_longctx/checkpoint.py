@@ -276,7 +276,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> dict[str
     if (folder / files.ADAPTER).exists():
         note = read_sidecar(folder)
         facts = _describe(AutoConfig.from_pretrained(folder), "adapter")
-        return facts | {"base": note["base"], "methods": note["methods"], "loads_with": ["hf_longctx"]}
+        return facts | {"base": note["base"], "loads_with": ["hf_longctx"]}
     if not (folder / "config.json").exists():
         raise ValueError(f"{model} holds no model: there is no config.json in it")
     config = AutoConfig.from_pretrained(folder)
@@ -314,9 +314,10 @@ def _readers(config: PretrainedConfig) -> list[str]:
 
 
 def _device(device: str | None) -> torch.device:
-    if device:
-        return torch.device(device)
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cuda, cpu, mps, ...") from None
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:

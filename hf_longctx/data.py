@@ -326,12 +326,6 @@ def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     return batch | {"attention_mask": (same & torch.ones_like(same[0]).tril())[:, None]}
 
 
-def first_token(tokenizer: Any) -> int | None:
-    """The token that the tokenizer itself puts first (BOS), which then also opens each training window; None for most."""
-    empty = tokenizer("")["input_ids"]
-    return int(empty[0]) if empty and empty[0] == tokenizer.bos_token_id else None
-
-
 def coverage(sampler: Method, window: int, target: int, draws: int = 400, seed: int = 0) -> dict[str, Any]:
     """How well a sampler covers relative distances.
 

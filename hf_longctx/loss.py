@@ -1,6 +1,6 @@
 """Next-token cross entropy without the tokens x vocabulary logits.
 
-`token_losses` scores hidden states block by block; `BlockLoss` puts the same into Trainer through `compute_loss_func`: a
+`summed_loss` scores hidden states block by block; `BlockLoss` puts it into Trainer through `compute_loss_func`: a
 forward hook taps the decoder's last hidden state while the model itself computes the logits of one token only.
 """
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -100
@@ -84,22 +83,6 @@ def _liger() -> Any:
     except ImportError:
         return None
     return LigerFusedLinearCrossEntropyFunction
-
-
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token, without gradients: -log p(label) in float32 (0 where the label is -100), and the most likely token.
-
-    Args:
-        hidden: [tokens, width]; weight: [vocabulary, width]; labels: [tokens].
-    """
-    losses, best = [], []
-    size = _block(weight.shape[0])
-    with torch.no_grad():
-        for start in range(0, len(hidden), size):
-            logits = (hidden[start : start + size].to(weight.dtype) @ weight.T).float()
-            losses.append(F.cross_entropy(logits, labels[start : start + size], reduction="none", ignore_index=IGNORE))
-            best.append(logits.argmax(-1))
-    return torch.cat(losses), torch.cat(best)
 
 
 class BlockLoss:

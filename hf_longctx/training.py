@@ -32,13 +32,14 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_longctx import checkpoint, files
-from hf_longctx.data import Documents, Mixture, Windows, collate, coverage, first_token, load_documents
+from hf_longctx.data import Documents, Mixture, Windows, collate, coverage, load_documents
 from hf_longctx.integration import rope
 from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
 from hf_longctx.recipe import DataSource, ModelSpec, Recipe, dump_recipe, parse_recipe, read_recipe
 from hf_longctx.schema import nearest
+from hf_longctx.task import opening
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
@@ -84,9 +85,10 @@ def plan(recipe: Recipe) -> Plan:
     model_side = tuple(item for item in chosen if set(item.slots) & set(MODEL_SLOTS))
     patch_config(config, model_side)
     sampler = _sampler(chosen, recipe.window, window_of(config), config)
-    opening = first_token(tokenizer)
+    begins = opening(tokenizer)
+    first = int(begins[0]) if len(begins) else None
     sources = tuple(
-        Windows(load_documents(source, tokenizer), recipe.window, sampler, [recipe.seed, number], source.short, opening, recipe.mask_seams)
+        Windows(load_documents(source, tokenizer), recipe.window, sampler, [recipe.seed, number], source.short, first, recipe.mask_seams)
         for number, source in enumerate(recipe.data)
     )
     for source, windows in zip(recipe.data, sources, strict=True):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import typer
-from hf_longctx.cli.main import app, main, parse_spec
 
 import hf_longctx
 from hf_longctx import training
+from hf_longctx.cli.main import app, main, parse_spec
 from hf_longctx.method import method_names
 from hf_longctx.recipe import dump_recipe, parse_recipe
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_longctx import data
-from hf_longctx.data import IGNORE, Documents, Mixture, Windows, collate, coverage, first_token, load_documents, read_texts
+from hf_longctx.data import IGNORE, Documents, Mixture, Windows, collate, coverage, load_documents, read_texts
 from hf_longctx.method import method
 from hf_longctx.recipe import DataSource
 from tests.conftest import byte_tokenizer, tiny_model
@@ -148,17 +148,6 @@ def test_the_first_token_opens_every_window_and_is_never_a_label():
         starts = np.flatnonzero(np.diff(row["segments"], prepend=-2) > 0)
         assert (row["input_ids"][starts] == 1).all()
         assert (row["labels"][starts] == IGNORE).all()
-
-
-def test_first_token_is_what_the_tokenizer_itself_puts_first():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer()
-    assert first_token(tokenizer) is None
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    assert first_token(tokenizer) == 1
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    assert first_token(tokenizer) is None
 
 
 # --- packing

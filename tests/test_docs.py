@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from hf_longctx.cli.main import app, parse_spec
 
 import hf_longctx
+from hf_longctx.cli.main import app, parse_spec
 from hf_longctx.demo import NEXT
 from hf_longctx.method import describe, load_methods, method_class, method_names
 from hf_longctx.recipe import parse_recipe, recipe_names

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_longctx import loss as L
-from hf_longctx.loss import IGNORE, BlockLoss, check_block_loss, summed_loss, token_losses
+from hf_longctx.loss import IGNORE, BlockLoss, check_block_loss, summed_loss
 from tests.conftest import tiny_model
 
 TOKENS, WIDTH, VOCABULARY = 75, 24, 130
@@ -65,16 +65,6 @@ def test_a_frozen_weight_gets_no_gradient_and_costs_none():
     assert torch.allclose(hidden.grad, with_gradients(reference, *case(), scale=1.0)[1], atol=1e-5)
 
 
-def test_token_losses_are_cross_entropies_and_best_guesses():
-    hidden, weight, labels = case()
-    losses, best = token_losses(hidden, weight, labels)
-    logits = hidden @ weight.T
-    assert torch.allclose(losses, F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none"), atol=1e-5)
-    assert (losses[labels == IGNORE] == 0).all()
-    assert torch.equal(best, logits.argmax(-1))
-    assert not losses.requires_grad
-
-
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns."""
 
@@ -99,7 +89,6 @@ def test_the_logits_of_all_tokens_are_never_alive():
     allowed = max(16 * VOCABULARY, VOCABULARY * WIDTH, TOKENS * WIDTH)  # a block, the weight, the hidden states
     assert allowed < TOKENS * VOCABULARY
     assert largest(lambda: with_gradients(summed_loss, *case())) <= allowed
-    assert largest(lambda: token_losses(*case())) <= allowed
     assert largest(lambda: with_gradients(reference, *case())) == TOKENS * VOCABULARY  # the measure can see them
 
 
