@@ -498,14 +498,14 @@ class _Interrupt(TrainerCallback):
 
 
 def estimate_memory(what: Plan) -> dict[str, float]:
-    """Rough peak of a training step on one device in GiB, by component; measured runs lie within about 30 %."""
+    """Rough peak of a training step on one device in GiB, by component; the runs in the README lie within 30 % of it."""
     recipe, config = what.recipe, what.config
     total, trained = _parameters(what)
     half = recipe.lora is not None and torch.cuda.is_available() and recipe.model.dtype != "float32"
     added = 0 if recipe.lora is None else trained * 4
     tokens = int(_count(recipe.train, "per_device_train_batch_size", 8)) * recipe.window
     width, inner, layers = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.num_hidden_layers
-    per_layer = tokens * 2 * (10 * width + 5 * inner)  # 16-bit activations kept for backward
+    per_layer = tokens * 2 * (8 * width + 4 * inner)  # 16-bit activations kept for backward
     recomputed = any(recipe.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
     parts = {
         "weights": total * (2 if half else 4) + added,
