@@ -76,6 +76,15 @@ def load_documents(source: DataSource, tokenizer: Any) -> Documents:
     return Documents(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy"))
 
 
+def check_source(source: DataSource) -> None:
+    """Raise ValueError for what can be told without reading: a file that is not there, or of a kind that is not read."""
+    path = Path(source.path).expanduser()
+    if path.exists() and path.suffix != ".npz":
+        _local_files(path)
+    elif not path.exists() and path.suffix in (*_FORMATS, ".npz"):
+        raise ValueError(f"{source.path} does not exist")
+
+
 def read_texts(source: DataSource) -> Iterator[str]:
     """The documents of a source as text, streamed. Raises ValueError as `load_documents`."""
     for row in _rows(source):

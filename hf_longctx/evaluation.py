@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_longctx import __version__, checkpoint, files
-from hf_longctx.data import load_documents
+from hf_longctx.data import check_source, load_documents
 from hf_longctx.method import Method, load_methods
 from hf_longctx.recipe import DataSource
 from hf_longctx.reporting import plot_results
@@ -347,6 +347,7 @@ def built_in_source() -> str:
 def _described(source: DataSource | None) -> Any:
     if source is None:
         return built_in_source()
+    check_source(source)  # before `out` is taken, and also where no task reads it
     path = Path(source.path).expanduser()
     found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
     kept = {key: value for key, value in asdict(source).items() if key not in ("weight", "short")}

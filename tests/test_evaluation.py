@@ -619,3 +619,12 @@ def test_variants_of_a_task_are_told_apart(base, tokens, tmp_path, pictures):
     rows = evaluate(base, [PPL | {"tokens": 64}, PPL | {"tokens": 100}, PPL | {"tokens": "64"}], [32], out=tmp_path, data=tokens)
     assert [(r["task"], r["n"]) for r in rows] == [("perplexity:stride=16,tokens=64", 12 * 63), ("perplexity:stride=16,tokens=100", 12 * 99)]
     assert len(list(tmp_path.glob("perplexity-*.png"))) == 2
+
+
+@pytest.mark.parametrize(("name", "what"), [("missing.parquet", "does not exist"), ("missing.npz", "does not exist"), ("odd.yaml", "expected .txt")])
+def test_data_that_cannot_be_read_is_refused_before_out_is_taken(base, tmp_path, name, what):
+    """Also where no task needs it: a mistyped file must not pass for the one that was meant."""
+    (tmp_path / "odd.yaml").write_text("a: 1")
+    with pytest.raises(ValueError, match=what):
+        evaluate(base, [{"name": "passkey", "n": 1, "depths": 2}], [512], out=tmp_path / "out", data=tmp_path / name)
+    assert not (tmp_path / "out").exists()
