@@ -77,8 +77,9 @@ class Recipe:
     lora: dict[str, Any] | None = dataclasses.field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
     also_train: tuple[Literal["norms", "embeddings"], ...] = ()  # beside LoRA, in full (LongLoRA, arXiv 2309.12307)
     mask_seams: bool = False  # leave out the label just after a skip; the PoSE paper trains it
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of each layer; auto: on CUDA, from 50 steps on
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of each layer, and CUDA graphs; auto: on CUDA, from 50 steps on
     loss: Literal["blocks", "model"] = "blocks"  # blocks: the tokens x vocabulary logits are never kept
+    distill: float = 0.0  # 0 to 1: how much the base at plain positions counts against the text as what to predict (LongReD, arXiv 2502.07365)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval: EvalSpec | None = None
 
@@ -94,6 +95,10 @@ class Recipe:
             raise ValueError("also_train goes with lora; without it every weight is trained anyway")
         if self.model.config is not None and self.lora is not None:
             raise ValueError("model.config trains from scratch, and LoRA on random weights is of no use: set lora: null")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must lie between 0 and 1, got {self.distill:g}")
+        if self.distill and (self.lora is None or self.loss != "blocks"):
+            raise ValueError("distill needs lora, whose base is the teacher, and loss: blocks")
         if self.window < 2:
             raise ValueError("window must be at least 2 tokens: the first one predicts the second")
         if self.seed < 0:

@@ -32,8 +32,11 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hf_longctx import checkpoint, files
+from hf_longctx.cuda_graph import RecordedStep
 from hf_longctx.data import Documents, Mixture, Windows, collate, coverage, load_documents
+from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
+from hf_longctx.integration.attention import expect_full_rows
 from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
@@ -84,6 +87,8 @@ def plan(recipe: Recipe) -> Plan:
     chosen = recipe.load_methods()
     model_side = tuple(item for item in chosen if set(item.slots) & set(MODEL_SLOTS))
     patch_config(config, model_side)
+    if recipe.distill and recipe.window > rope.trained_window(config):
+        raise ValueError(f"distill: the base knows {rope.trained_window(config)} tokens, so it cannot teach a window of {recipe.window}")
     sampler = _sampler(chosen, recipe.window, window_of(config), config)
     begins = opening(tokenizer)
     first = int(begins[0]) if len(begins) else None
@@ -256,6 +261,7 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     bf16 = cuda and torch.cuda.is_bf16_supported() and not recipe.train.get("fp16")
     defaults: dict[str, Any] = {
         "bf16": bf16, "logging_steps": 10, "save_total_limit": 2, "dataloader_num_workers": 2 if cuda else 0, "dataloader_pin_memory": cuda,
+        "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a loss that is not a number
     }  # fmt: skip
     ours = {
         "output_dir": str(out), "seed": recipe.seed, "data_seed": recipe.seed, "train_sampling_strategy": "sequential",
@@ -341,9 +347,20 @@ def _add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
 
 
 class _Trainer(Trainer):
-    """Trainer with the speed in its logs, so that the history, any tracker and our line show the same numbers."""
+    """Trainer with the speed in its logs, so that the history, any tracker and our line show the same numbers, and steps as a CUDA graph."""
 
     progress: "Progress"
+    recorded: RecordedStep | None = None
+
+    def record_steps(self, model: nn.Module) -> None:
+        """From now on replay the training step of `model` as a CUDA graph."""
+        step = super().training_step
+        self.recorded = RecordedStep(lambda inputs, items: step(model, inputs, items), model.parameters())
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.recorded is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -356,20 +373,40 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
     blocks = recipe.loss == "blocks"
     if blocks:
         check_block_loss(model)
-    if recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50):
+    full_rows = expect_full_rows(_base(model))
+    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50)
+    if compiled:
         compile_layers(model)
+    recorded = compiled and blocks and full_rows and _recordable(what, model, arguments)
     if arguments.n_gpu > 1:  # Trainer would take nn.DataParallel, which multiplies the batch and tears the forward pass from its loss
         logger.warning("%d GPUs are here, and one is used; --num-gpus or torchrun takes more", arguments.n_gpu)
         arguments._n_gpu = 1
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=what.dataset, processing_class=None,
-        data_collator=_Collator(blocks), compute_loss_func=BlockLoss(model) if blocks else None,
+        data_collator=_Collator(blocks), compute_loss_func=_block_loss(recipe, model, recorded) if blocks else None,
     )  # fmt: skip
+    if recorded:
+        trainer.record_steps(model)
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
     trainer.progress = Progress(what.batch * recipe.window)
     trainer.add_callback(trainer.progress)
     return trainer
+
+
+def _block_loss(recipe: Recipe, model: nn.Module, compiled: bool) -> BlockLoss:
+    return BlockLoss(model, compiled, Teacher(model) if recipe.distill else None, recipe.distill)
+
+
+def _recordable(what: Plan, model: nn.Module, arguments: TrainingArguments) -> bool:
+    """Whether a step on this model is the same kernels every time, launched by one process, with nothing read back in between."""
+    config = what.config.get_text_config()
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or getattr(config, "attention_dropout", 0) > 0
+    return (
+        torch.cuda.is_available() and arguments.world_size == 1 and not (arguments.fp16 or arguments.deepspeed or arguments.fsdp)
+        and not (draws or arguments.gradient_checkpointing or arguments.neftune_noise_alpha)
+        and not rope.reads_lengths(config) and not any(source.packs for source in what.sources)
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -385,12 +422,14 @@ class _Collator:
 def compile_layers(model: nn.Module) -> None:
     """torch.compile each decoder layer by itself: layers share one graph, so compilation takes seconds, and the mask is made
     outside, where Transformers sees that ones need none and keeps the causal flash kernel."""
-    base: Any = model
-    if hasattr(model, "get_base_model"):  # PEFT
-        base = base.get_base_model()
-    layers = next(part for part in base.get_decoder().children() if isinstance(part, nn.ModuleList))
+    layers = next(part for part in _base(model).get_decoder().children() if isinstance(part, nn.ModuleList))
     for layer in layers:
         layer.compile(dynamic=False)
+
+
+def _base(model: Any) -> Any:
+    """The model itself, also when PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _save_result(what: Plan, model: Any, folder: Path, mark: str) -> None:
@@ -511,7 +550,7 @@ def estimate_memory(what: Plan) -> dict[str, float]:
         "weights": total * (2 if half else 4) + added,
         "gradients and optimizer": trained * 12,
         "activations": tokens * 2 * width * layers + per_layer if recomputed else per_layer * layers,
-        "logits": tokens * config.vocab_size * 8 if recipe.loss == "model" else 3 * 2**28,
+        "logits": tokens * config.vocab_size * 8 if recipe.loss == "model" else (6 if recipe.distill else 3) * 2**28,
     }
     return {name: size / 2**30 for name, size in parts.items()} | {"total": sum(parts.values()) / 2**30}
 

@@ -215,3 +215,22 @@ def test_the_check_leaves_no_hook_behind():
         check_block_loss(tiny_model("granite", logits_scaling=8.0))
     assert not model.get_decoder()._forward_hooks
     assert not model.training
+
+
+def test_a_teacher_is_mixed_in_as_the_dense_formula_says():
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    soft = L.TeacherStates(torch.randn(30, 8), torch.randn(50, 8), 0.3)
+    labels = torch.randint(0, 50, (30,))
+    labels[::7] = IGNORE
+    got = summed_loss(hidden, weight, labels, teacher=soft)
+    got.backward()
+    mine = (hidden.grad.clone(), weight.grad.clone())
+    hidden.grad = weight.grad = None
+
+    log_p, log_q = (hidden @ weight.T).log_softmax(-1), (soft.hidden @ soft.weight.T).log_softmax(-1)
+    divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)[labels != IGNORE].sum()
+    wanted = 0.7 * F.cross_entropy(log_p, labels, ignore_index=IGNORE, reduction="sum") + 0.3 * divergence
+    wanted.backward()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(mine, (hidden.grad, weight.grad))

@@ -124,6 +124,12 @@ def rebuild(model: nn.Module, config: PretrainedConfig) -> None:
         setattr(parent, name, fresh)
 
 
+def trained_modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """What `rebuild` replaced: for each rotary module its parent, its name there, and one with the trained frequencies."""
+    config = _as_trained(model.config)  # type: ignore[arg-type]
+    return [(parent, name, type(module)(config=config).to(next(module.buffers()).device)) for parent, name, module in _rotary_children(model)]
+
+
 def rotary_module(config: PretrainedConfig) -> nn.Module:
     """Transformers' rotary module for a configuration, on the CPU, without building the model.
 
@@ -168,6 +174,13 @@ def prove(module: nn.Module, change: RopeChange, key: str | None) -> None:
                 f"the patch did not take effect: at length {length} the model's frequencies differ from the method's by a factor of "
                 f"{1 + worst:.6g}, its attention factor is {got.attention_factor:.6g} where {want.attention_factor:.6g} is meant"
             )
+
+
+def reads_lengths(config: PretrainedConfig) -> bool:
+    """Whether Transformers' rotary module looks at the positions of every forward pass to choose its frequencies."""
+    parameters: Any = config.rope_parameters
+    entries = [parameters, *(v for v in parameters.values() if isinstance(v, Mapping))]
+    return any("dynamic" in entry.get("rope_type", "") or entry.get("rope_type") == "longrope" for entry in entries)
 
 
 def layer_type(config: PretrainedConfig) -> str | None:
