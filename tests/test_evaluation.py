@@ -10,15 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_longctx import checkpoint, evaluation, task
 from hf_longctx.evaluation import COLUMNS, built_in_source, evaluate, score_cells
 from hf_longctx.recipe import DataSource
 from hf_longctx.stats import bootstrap
 from hf_longctx.task import Cell, Scored, exact_match, load_task
-from tests.conftest import byte_tokenizer, tiny_model
+from tests.conftest import byte_tokenizer, largest_tensor, tiny_model
 
 PASSKEY = {"name": "passkey", "n": 2, "depths": 2}
 PPL = {"name": "perplexity", "stride": 16}
@@ -118,19 +116,6 @@ def test_the_model_is_left_as_it_was():
     assert_equal([reference(model, cells[0])], [wanted])
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
 @pytest.mark.floor
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0, "tie_word_embeddings": False})])
 def test_the_logits_of_all_tokens_are_never_alive(family, changes, monkeypatch):
@@ -140,14 +125,12 @@ def test_the_logits_of_all_tokens_are_never_alive(family, changes, monkeypatch):
     allowed = max(vocabulary * 64, 4 * length * length, 64 * 512 * 4)  # the embedding, an eager attention map
     assert allowed < length * vocabulary
 
-    def largest() -> int:
-        with Largest() as mode:
-            score_cells(model, cells)
-        return mode.elements
+    def run():
+        score_cells(model, cells)
 
-    assert largest() >= (length - 1) * vocabulary  # one block is enough for all of it: the measure can see them
+    assert largest_tensor(run) >= (length - 1) * vocabulary  # one block is enough for all of it: the measure can see them
     monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", block * vocabulary)
-    assert largest() <= allowed
+    assert largest_tensor(run) <= allowed
 
 
 def test_forward_passes_are_counted(monkeypatch):

@@ -4,12 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_longctx import loss as L
 from hf_longctx.loss import IGNORE, BlockLoss, check_block_loss, summed_loss
-from tests.conftest import tiny_model
+from tests.conftest import largest_tensor, tiny_model
 
 TOKENS, WIDTH, VOCABULARY = 75, 24, 130
 
@@ -65,31 +63,12 @@ def test_a_frozen_weight_gets_no_gradient_and_costs_none():
     assert torch.allclose(hidden.grad, with_gradients(reference, *case(), scale=1.0)[1], atol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-def largest(function) -> int:
-    with Largest() as mode:
-        function()
-    return mode.elements
-
-
 @pytest.mark.floor
 def test_the_logits_of_all_tokens_are_never_alive():
     allowed = max(16 * VOCABULARY, VOCABULARY * WIDTH, TOKENS * WIDTH)  # a block, the weight, the hidden states
     assert allowed < TOKENS * VOCABULARY
-    assert largest(lambda: with_gradients(summed_loss, *case())) <= allowed
-    assert largest(lambda: with_gradients(reference, *case())) == TOKENS * VOCABULARY  # the measure can see them
+    assert largest_tensor(lambda: with_gradients(summed_loss, *case())) <= allowed
+    assert largest_tensor(lambda: with_gradients(reference, *case())) == TOKENS * VOCABULARY  # the measure can see them
 
 
 def test_memory_of_a_model_step_does_not_hold_the_logits_either():
@@ -101,8 +80,8 @@ def test_memory_of_a_model_step_does_not_hold_the_logits_either():
         out = model(ids, attention_mask=torch.ones_like(ids), labels=labels, **kwargs)
         (out.loss if labels is not None else loss(out, ids)).backward()
 
-    assert largest(lambda: step(logits_to_keep=1)) == 2000 * 64  # the embedding
-    assert largest(lambda: step(labels=ids)) >= 2 * 39 * 2000
+    assert largest_tensor(lambda: step(logits_to_keep=1)) == 2000 * 64  # the embedding
+    assert largest_tensor(lambda: step(labels=ids)) >= 2 * 39 * 2000
 
 
 # --- inside a model
