@@ -1,6 +1,7 @@
 """Checkpoints in and out: what a patch, a save and a merge write, what they leave alone, and who can read it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -695,3 +696,13 @@ def test_a_real_checkpoint(smollm2, tmp_path):
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+def test_vllm_is_told_an_attention_factor_that_it_would_not_derive():
+    """vLLM takes longrope's temperature from the windows, or from `short_mscale` and `long_mscale`."""
+    lists = {"name": "longrope", "factor": 4, "long_factor": [1.5] * 8}
+    for spec, meant in [({"name": "yarn", "factor": 4, "blend": "wavelength"}, 0.1 * math.log(4) + 1), (lists | {"attention_factor": 1.3}, 1.3), (lists, None)]:
+        model = tiny_model()
+        hf_longctx.patch(model, spec)
+        parameters = model.config.rope_parameters
+        assert parameters.get("short_mscale") == parameters.get("long_mscale") == pytest.approx(meant)

@@ -100,8 +100,18 @@ def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, A
         if len(change.at) > 1:
             raise ValueError(f"{config.model_type} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")
         native = _as_longrope(change, kept["rope_theta"])
+    if native["rope_type"] == "longrope":
+        native |= _mscales(native, change.window)
     new = kept | native
     return new if key is None else {**copy.deepcopy(dict(trained)), key: new}
+
+
+def _mscales(native: Mapping[str, Any], window: int) -> dict[str, float]:
+    """vLLM does not read longrope's `attention_factor`: it derives one from the windows, unless these keys of Phi-3-small are
+    there. Transformers names them as unknown when it loads, so they are written only where needed."""
+    original, meant = native["original_max_position_embeddings"], native["attention_factor"]
+    derived = math.sqrt(1 + math.log(max(1.0, window / original)) / math.log(original))
+    return {} if abs(derived / meant - 1) < 1e-6 else {"short_mscale": meant, "long_mscale": meant}
 
 
 def apply(config: PretrainedConfig, change: RopeChange) -> None:
