@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -25,13 +25,44 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 1000)  # piped, tables are not squeezed
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
+
+
+def _method_names() -> list[str]:
+    from hf_longctx.method import method_names
+
+    return method_names()
+
+
+def _task_names() -> list[str]:
+    from hf_longctx.task import task_names
+
+    return task_names()
+
+
+def _recipe_names() -> list[str]:
+    from hf_longctx.recipe import recipe_names
+
+    return recipe_names()
+
+
+def _complete(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """What the shell offers for a word begun."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, an adapter folder or a .gguf file.")]
-Methods = Annotated[list[str] | None, typer.Option("-m", "--method", metavar="NAME[:key=value,...]", help="A method; may be repeated. Values are YAML, or @file.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-m", "--method", metavar="NAME[:key=value,...]", autocompletion=_complete(_method_names),
+        help="A method (`longctx methods` lists them); may be repeated. Values are YAML, or @file.",
+    ),
+]  # fmt: skip
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub; default: the main branch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Base = Annotated[str | None, typer.Option("--base", help="Where an adapter's base model is, if it has moved.")]
+Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where an adapter's base model is, if it has moved; default: what the adapter remembers.")]
 
 
 def main() -> None:
@@ -147,7 +178,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Describe one method.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete(_method_names), help="Describe one method; default: list them all.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or describe one: fields, slot, formula, paper."""
@@ -198,10 +229,10 @@ def patch(model: Model, method: Methods, out_folder: Out, overwrite: Overwrite =
 
 @app.command()
 def finetune(
-    recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe.")],
-    out_folder: Annotated[Path | None, typer.Option("--out", help="The folder for checkpoints and the result.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. methods.0.factor=8; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it with ./coverage.png, and train nothing.")] = False,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=_complete(_recipe_names), help="A .yaml file, or the name of a shipped recipe.")],
+    out_folder: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="The folder for checkpoints and the result; needed unless --dry-run.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. methods.0.factor=8; may be repeated. VALUE is YAML, or @file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it (memory in GiB, lengths in tokens) with ./coverage.png, and train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Start this many processes, one a GPU.")] = 1,
@@ -229,6 +260,8 @@ def finetune(
     if os.environ.get("RANK", "0") != "0":
         return
     out.print(f"{out_folder}: {'an adapter' if found.lora is not None else 'a model'}", markup=False)
+    if found.train.get("push_to_hub"):
+        out.print(f"{out_folder}: pushed to the hub", markup=False)
     if found.eval is not None and _evaluate_after(found, out_folder):
         raise typer.Exit(1)
 
@@ -265,12 +298,20 @@ def _launch(processes: int) -> None:
 
 
 def _evaluate_after(recipe: Any, folder: Path) -> bool:
+    """Measure the result as the recipe's `eval` says, into FOLDER/eval; True if something failed."""
     from hf_longctx.checkpoint import inspect_model
 
     spec = recipe.eval
     facts = inspect_model(folder)
-    lengths = list(spec.lengths) or _doublings(facts["trained_window"], facts["window"])
-    return _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
+    lengths = list(spec.lengths) or _doublings(facts.get("trained_window", facts["window"]), facts["window"])
+    try:
+        return _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
+    except Exception as error:  # the training is done and saved, whatever becomes of this
+        if os.environ.get("LONGCTX_TRACEBACK"):
+            traceback.print_exc()
+        message = f"longctx: {folder} is saved; its evaluation failed: {' '.join(str(error).split()) or type(error).__name__}; `longctx eval {folder}` measures it"
+        err.print(message, markup=False)
+        return True
 
 
 def _doublings(low: int, high: int) -> list[int]:
@@ -317,7 +358,7 @@ def _short(spec: dict[str, Any]) -> str:
 
 
 @app.command()
-def merge(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR")], out_folder: Out, base: Base = None, overwrite: Overwrite = False) -> None:
+def merge(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="What finetune wrote.")], out_folder: Out, base: Base = None, overwrite: Overwrite = False) -> None:
     """Fold an adapter into its base: a stock checkpoint with the scaled configuration."""
     _quiet_transformers()
     from hf_longctx.checkpoint import inspect_model
@@ -332,20 +373,26 @@ def merge(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR")], out_f
 @app.command("eval")
 def evaluate(
     model: Model,
-    lengths: Annotated[str, typer.Option("--lengths", help="Tokens, e.g. 2k,8k,32k.")],
+    lengths: Annotated[str, typer.Option("--lengths", metavar="SIZE,...", help="Context lengths in tokens, answers included, e.g. 2k,8k,32k (2k: 2048).")],
     out_folder: Out,
-    task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME[:key=value,...]", help="May be repeated; default: passkey and perplexity.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", metavar="NAME[:key=value,...]", autocompletion=_complete(_task_names),
+            help="What to measure; may be repeated. Values are YAML, or @file. Default: passkey and perplexity.",
+        ),
+    ] = None,
     method: Methods = None,
-    data: Annotated[str | None, typer.Option("--data", help="Text (.txt .jsonl .parquet), token ids (.npz) or a hub dataset; default: Python's own documentation.")] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="A second model, on the same cells.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="For tasks that need text: text (.txt .jsonl .parquet), token ids (.npz) or a hub dataset; default: Python's own documentation.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", metavar="MODEL", help="A second model, on the same cells; differences are paired.")] = None,
     revision: Revision = None,
     base: Base = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...; default: the accelerator if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; default: the checkpoint's, float32 on the CPU.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides keys, depths and resampling.")] = 0,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a forward pass; default: by length.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a forward pass; default: as many as fill 65,536 tokens on a GPU, 4,096 on the CPU.")] = None,
 ) -> None:
-    """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped."""
+    """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped. Results tell time in seconds and memory in GiB."""
     _quiet_transformers()
     tasks = _specs(task) or [{"name": "passkey"}, {"name": "perplexity"}]
     failed = _run_evaluation(
@@ -385,6 +432,28 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model or an adapter: what patch, finetune or merge wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="name/model on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing to the default branch.")] = False,
+    base: Annotated[str | None, typer.Option("--base", metavar="HUB_ID", help="The base model on the hub, where the adapter was trained on a local copy.")] = None,
+    results: Annotated[list[Path] | None, typer.Option("--results", help="A folder of `longctx eval`, for the model card; may be repeated.")] = None,
+) -> None:
+    """Upload DIR with a model card; a push that broke off goes on when it is repeated."""
+    _quiet_transformers()
+    from huggingface_hub.utils import disable_progress_bars
+
+    from hf_longctx.hub import push as run
+
+    if not err.is_terminal:
+        disable_progress_bars()
+    url = run(folder, repo_id, private=private, revision=revision, create_pr=create_pr, base=base, results=results or ())
+    out.print(f"{folder}: {url}", markup=False)
+
+
+@app.command()
 def demo(out_folder: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("longctx-demo")) -> None:
     """The whole pipeline on a tiny built-in model: measure, patch, fine-tune, measure again. Minutes on a laptop CPU."""
     _quiet_transformers()
@@ -395,7 +464,7 @@ def demo(out_folder: Annotated[Path, typer.Option("--out", help="The folder to w
 
 @app.command()
 def schema() -> None:
-    """The recipe's JSON schema, for editors."""
+    """The recipe's JSON schema, for editors: `longctx schema > recipe.schema.json`."""
     from hf_longctx.recipe import json_schema
 
     out.print_json(json.dumps(json_schema()))

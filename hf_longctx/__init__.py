@@ -16,6 +16,8 @@ _HOME = {
     "Recipe": "recipe", "read_recipe": "recipe",
     "finetune": "training", "dry_run": "training",
     "evaluate": "evaluation",
+    "push": "hub",
+    "SkipWiseCollator": "interop",
 }  # fmt: skip
 __all__ = ["Method", "__version__", "load_methods", "method", "method_names", *_HOME]
 

@@ -15,11 +15,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_bitsandbytes_available
 
 from hf_longctx import __version__, files
 from hf_longctx.integration import rope
@@ -112,6 +114,7 @@ def is_gguf(model: object) -> bool:
 def load(
     model: str | Path, *, methods: Specs = (), revision: str | None = None, base: str | None = None,
     dtype: str | torch.dtype | None = None, device: str | None = None, attn_implementation: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a model and its tokenizer, patched as they were saved, or with `methods`.
 
@@ -123,23 +126,29 @@ def load(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", ...; by default "auto", and float32 on the CPU.
         device: by default the accelerator if there is one.
         attn_implementation: passed to Transformers.
+        quantization_config: pack the weights while they are loaded; not for .gguf files. `bitsandbytes_config` makes one.
 
     Raises:
         ValueError: no such model; an adapter on the wrong base; weights in pickle; a method that does not fit.
     """
     if is_gguf(model):
+        if quantization_config is not None:
+            raise ValueError(f"{model} cannot be quantised while it is loaded: a .gguf file is read dequantised; give the safetensors checkpoint")
         return _load_gguf(Path(model), methods, dtype, device, attn_implementation)
     folder = files.local_folder(model, revision)
     if (folder / files.ADAPTER).exists():
         if load_methods(methods):
             raise ValueError(f"{model} is an adapter, trained with methods of its own; merge it first, then load the result with other methods")
-        return _load_adapter(folder, base, dtype, device, attn_implementation)
+        return _load_adapter(folder, base, dtype, device, attn_implementation, quantization_config)
     config = AutoConfig.from_pretrained(folder)
     change, _ = patch_config(config, load_methods(methods))
     target = _device(device)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True
-    ).to(target)  # type: ignore[arg-type]
+        folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True,
+        quantization_config=quantization_config, device_map=None if quantization_config is None or device is None else {"": target},
+    )  # fmt: skip
+    if quantization_config is None:  # quantised weights are made where they stay
+        loaded = loaded.to(target)  # type: ignore[arg-type]
     if change is not None:
         rope.prove(rope.rotary_of(loaded), change, rope.layer_type(config))
     return Loaded(loaded.eval(), load_tokenizer(folder, window_of(config)))
@@ -176,15 +185,29 @@ def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_
     return Loaded(loaded.to(target).eval(), tokenizer)  # type: ignore[arg-type]
 
 
-def _load_adapter(folder: Path, base: str | None, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
+def bitsandbytes_config(keys: Mapping[str, Any]) -> BitsAndBytesConfig:
+    """A BitsAndBytesConfig. Raises ValueError if bitsandbytes is not installed, or a value is refused."""
+    if not is_bitsandbytes_available():
+        raise ValueError("quantization needs the package bitsandbytes, which is not here: pip install 'hf-longctx[qlora]'")
+    try:
+        return BitsAndBytesConfig(**keys)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"quantization: {error}") from None
+
+
+def _load_adapter(
+    folder: Path, base: str | None, dtype: Any, device: str | None, attn_implementation: str | None, quantization_config: BitsAndBytesConfig | None = None
+) -> Loaded:
     from peft import PeftModel
 
     note = read_sidecar(folder)
     name = base or note["base"]
+    revision = None if base else note["revision"]
     loaded = load(
-        name, methods=note["methods"], revision=None if base else note["revision"], dtype=dtype, device=device, attn_implementation=attn_implementation
-    )
-    found = fingerprint(loaded.model)
+        name, methods=note["methods"], revision=revision, dtype=dtype, device=device, attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+    )  # fmt: skip
+    found = fingerprint(loaded.model) if quantization_config is None else fingerprint_of(name, revision)
     if found != note["fingerprint"]:
         raise ValueError(
             f"{folder} was trained on {note['base']} (fingerprint {note['fingerprint'][:12]}), but {name} is another model ({found[:12]}); give the right one as base"
@@ -220,6 +243,11 @@ def fingerprint(model: torch.nn.Module) -> str:
         values = flat[index.to(flat.device)].to(torch.bfloat16).float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_of(model: str | Path, revision: str | None = None) -> str:
+    """The fingerprint of a checkpoint as it is stored, for one that is used quantised; of its files only few pages are read."""
+    return fingerprint(load(model, revision=revision, dtype="auto", device="cpu").model)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> Path:
@@ -304,8 +332,10 @@ def _readers(config: PretrainedConfig) -> list[str]:
     readers = ["transformers>=5"]
     if not parameters or rope.read_by_v4(config):
         readers.append("transformers>=4.43")
-    if kind in ("default", "yarn", "llama3", "longrope"):
+    if kind in ("default", "yarn", "llama3") or (kind == "longrope" and flat["original_max_position_embeddings"] == config.max_position_embeddings):
         readers.append("vLLM")
+    elif kind == "longrope":
+        readers.append("vLLM (give --max-model-len: it takes the trained window otherwise)")
     if kind == "linear" or kind == "dynamic":
         readers.append("vLLM (give --max-model-len: it multiplies the window by the factor once more)")
     if kind in ("default", "yarn", "linear", "llama3"):

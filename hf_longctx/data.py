@@ -13,29 +13,38 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
-from hf_longctx.method import Method
+from hf_longctx.chat import encode_chat
+from hf_longctx.integration import rope
+from hf_longctx.method import Method, load_methods
+from hf_longctx.patching import window_of
 from hf_longctx.recipe import DataSource
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
 _BLOCK = 1024  # draws of a mixture that are made together
+_DRAWS = 500  # of a window from a conversation, until there is something to predict in it
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of many documents in one array: document i is `ids[starts[i]:starts[i+1]]`."""
+    """Token ids of many documents in one array: document i is `ids[starts[i]:starts[i+1]]`.
+
+    `trained`, as long as `ids`, tells which tokens of conversations are to be predicted; text has none, and all of it is.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
+    trained: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -48,32 +57,45 @@ class Documents:
         """Tokens of each document."""
         return np.diff(self.starts)
 
+    @property
+    def last_labels(self) -> np.ndarray:
+        """Where in each document the last token to be predicted is; 0, which nothing predicts, if there is none."""
+        if self.trained is None:
+            return self.lengths - 1
+        marked = np.append(-1, np.flatnonzero(self.trained))
+        return (marked[np.searchsorted(marked, self.starts[1:]) - 1] - self.starts[:-1]).clip(min=0)
+
     @classmethod
     def join(cls, documents: Sequence[np.ndarray]) -> "Documents":
-        """Documents one after another."""
+        """Documents one after another: token ids [tokens], or of conversations [tokens, 2], which tokens are predicted beside them."""
         starts = np.cumsum([0, *map(len, documents)])
-        return cls(np.concatenate(documents) if documents else np.zeros(0, np.uint32), starts)
+        joined = np.concatenate(documents) if documents else np.zeros(0, np.uint32)
+        return cls(joined, starts) if joined.ndim == 1 else cls(joined[:, 0], starts, joined[:, 1].astype(bool))
 
 
 def load_documents(source: DataSource, tokenizer: Any) -> Documents:
     """Read and tokenise a source once; later calls with the same source and tokenizer read the cache.
 
-    Each document ends with the tokenizer's end-of-sequence token, if it has one. The cache lies in `$HF_LONGCTX_CACHE`, by
-    default `~/.cache/hf_longctx`.
+    A text ends with the tokenizer's end-of-sequence token, if it has one; a conversation as the chat template ends it. The cache
+    lies in `$HF_LONGCTX_CACHE`, by default `~/.cache/hf_longctx`.
 
     Raises:
-        ValueError: nothing there, an unknown format, text that is not UTF-8, no such column, or no document at all.
+        ValueError: nothing there, an unknown format, text that is not UTF-8, no such column, no document at all; conversations
+            without a chat template, or without an answer where these are what is trained.
     """
     if source.path.endswith(".npz"):
         return _read_npz(source)
     key = _cache_key(source, tokenizer)
     folder = Path(os.environ.get("HF_LONGCTX_CACHE", "~/.cache/hf_longctx")).expanduser() / "tokens" / key
     if not folder.is_dir():
-        documents = _tokenize(read_texts(source), tokenizer, source.tokens)
-        if not documents:
+        documents = Documents.join(_tokenize(source, tokenizer))
+        if not len(documents):
             raise ValueError(f"{source.path} holds no text")
-        _write_cache(folder, Documents.join(documents))
-    return Documents(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy"))
+        if not documents.last_labels.any() and documents.trained is not None:
+            raise ValueError(f"{source.path} holds no answer: no message of role assistant follows another; set loss_on: all to train every token")
+        _write_cache(folder, documents)
+    marks = folder / "trained.npy"
+    return Documents(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy"), np.load(marks, mmap_mode="r") if marks.exists() else None)
 
 
 def check_source(source: DataSource) -> None:
@@ -85,16 +107,20 @@ def check_source(source: DataSource) -> None:
         raise ValueError(f"{source.path} does not exist")
 
 
-def read_texts(source: DataSource) -> Iterator[str]:
-    """The documents of a source as text, streamed. Raises ValueError as `load_documents`."""
+def read_texts(source: DataSource) -> Iterator[str | list[dict[str, Any]]]:
+    """The documents of a source, streamed: text, or conversations as lists of messages. Raises ValueError as `load_documents`."""
     for row in _rows(source):
         if source.column not in row:
             raise ValueError(f"{source.path} has no column {source.column!r}; it has: {', '.join(row)}")
         text = row[source.column]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{source.path}: column {source.column!r} holds {type(text).__name__}, not text")
+        if text is not None and not isinstance(text, str) and not _is_chat(text):
+            raise ValueError(f"{source.path}: column {source.column!r} holds {type(text).__name__}, not text or lists of messages with role and content")
         if text:
             yield text
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
 
 
 def _rows(source: DataSource) -> Iterator[dict[str, Any]]:
@@ -132,6 +158,8 @@ def _read_npz(source: DataSource) -> Documents:
     path = Path(source.path).expanduser()
     if not path.is_file():
         raise ValueError(f"{source.path} does not exist")
+    if source.loss_on == "answers":
+        raise ValueError(f"{source.path}: loss_on: answers needs conversations, and token ids do not tell who speaks; leave it out")
     wrong = f"{source.path} must hold 1-D integer arrays of token ids, one a document"
     try:
         with np.load(path) as arrays:
@@ -146,16 +174,29 @@ def _read_npz(source: DataSource) -> Documents:
     return Documents(joined.ids.astype(np.uint32), joined.starts)
 
 
-def _tokenize(texts: Iterator[str], tokenizer: Any, budget: int | None) -> list[np.ndarray]:
+def _tokenize(source: DataSource, tokenizer: Any) -> list[np.ndarray]:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = read_texts(source)
 
     def encode() -> Iterator[np.ndarray]:
-        while batch := list(islice(texts, 16)):
+        while batch := list(islice(documents, 16)):
+            if not isinstance(batch[0], str):
+                yield from (np.array(_chat(source, tokenizer, messages), dtype=dtype).T for messages in batch)
+                continue
+            if source.loss_on == "answers":
+                raise ValueError(f"{source.path}: loss_on: answers needs conversations, but column {source.column!r} holds text; give their column, or leave it out")
             for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 yield np.array([*ids, *end], dtype=dtype)
 
-    return _until(encode(), budget)
+    return _until(encode(), source.tokens)
+
+
+def _chat(source: DataSource, tokenizer: Any, messages: Any) -> tuple[list[int], list[bool]]:
+    try:
+        return encode_chat(tokenizer, messages, answers=source.loss_on != "all")
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
 
 
 def _until(documents: Iterable[np.ndarray], budget: int | None) -> list[np.ndarray]:
@@ -178,7 +219,8 @@ def _cache_key(source: DataSource, tokenizer: Any) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         what["files"] = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     what |= {"tokenizer": _rules(tokenizer), "end": tokenizer.eos_token_id, "class": type(tokenizer).__name__}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    what |= {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map}
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _rules(tokenizer: Any) -> str:
@@ -195,6 +237,8 @@ def _write_cache(folder: Path, documents: Documents) -> None:
     try:
         np.save(scratch / "ids.npy", documents.ids)
         np.save(scratch / "starts.npy", documents.starts)
+        if documents.trained is not None:
+            np.save(scratch / "trained.npy", documents.trained)
         scratch.rename(folder)
     except OSError:
         if not folder.is_dir():  # otherwise another process was first; its content is the same
@@ -209,6 +253,8 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     A document of at least `window` tokens gives one example per full window; the sampler may also take tokens from the rest
     of the document behind the window's start. Shorter documents are packed, several to a row, or dropped. Examples are
     visited in random order, each once before any comes again.
+
+    Of a conversation, there are windows up to the last answer, the last one within it; the sampler draws again while it meets no answer.
     """
 
     def __init__(
@@ -217,11 +263,12 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     ):  # fmt: skip
         self.documents, self.window, self.sampler, self.seed = documents, window, sampler, list(seed)
         self.first_token, self.mask_seams = first_token, mask_seams
-        lengths = documents.lengths
-        self.long = np.flatnonzero(lengths >= window)
-        self.ends = np.cumsum(lengths[self.long] // window)  # window number j belongs to the first long document whose end is above j
+        lengths, last = documents.lengths, documents.last_labels
+        self.long = np.flatnonzero((lengths >= window) & (last > 0))
+        count = lengths // window if documents.trained is None else -(-last // window)
+        self.ends = np.cumsum(count[self.long])  # window number j belongs to the first long document whose end is above j
         self.full = int(self.ends[-1]) if len(self.ends) else 0
-        brief = np.flatnonzero((lengths < window) & (lengths > 1))
+        brief = np.flatnonzero((lengths < window) & (last > 0))
         self.packs = _pack(brief, lengths, window) if short == "pack" else []
         self.dropped = len(brief) if short == "drop" else 0
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -234,11 +281,12 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
             self._order = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(len(self)))
         return int(self._order[1][rank])
 
-    def _text(self, item: int) -> np.ndarray:
-        """The document of a full window, from that window's start."""
+    def _start(self, item: int) -> tuple[int, int]:
+        """Of a full window, the document and where in it the window starts."""
         at = int(np.searchsorted(self.ends, item, side="right"))
         before = int(self.ends[at - 1]) if at else 0
-        return self.documents[int(self.long[at])][(item - before) * self.window :]
+        document = int(self.long[at])
+        return document, min((item - before) * self.window, int(self.documents.lengths[document]) - self.window)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """Example i, i counting on past the first epoch: `input_ids`, `position_ids`, `labels`, `segments`, each [window].
@@ -248,20 +296,31 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         item = self._item(*divmod(i, len(self)))
         rng = np.random.default_rng([*self.seed, 1, i])
         if item < self.full:
-            return self._finish([self._piece(self._text(item), self.window, rng)])
+            return self._finish([self._piece(*self._start(item), self.window, rng)])
         rows = self.packs[item - self.full]
-        return self._finish([self._piece(self.documents[d], len(self.documents[d]), rng) for d in rows])
+        return self._finish([self._piece(d, 0, len(self.documents[d]), rng) for d in rows])
 
-    def _piece(self, text: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        tokens, positions = self.sampler.positions(size, len(text), rng)
+    def _piece(self, document: int, start: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        text = self.documents[document][start:]
+        trained = self.documents.trained
+        if trained is None:
+            tokens, positions = self.sampler.positions(size, len(text), rng)
+        else:
+            trained = trained[self.documents.starts[document] + start :][: len(text)]
+            tokens, positions = self._meet_labels(trained, size, rng)
         ids = text[tokens].astype(np.int64)
-        if self.first_token is not None:
+        if self.first_token is not None and (trained is None or start):  # a conversation begins as its template begins it
             ids[0] = self.first_token
-        labels = ids.copy()
-        labels[0] = IGNORE  # nothing before it predicts it
-        if self.mask_seams:
-            labels[1:][np.diff(positions) != 1] = IGNORE
-        return ids, positions, labels
+        labels = ids.copy() if trained is None else np.where(trained[tokens], ids, IGNORE)
+        return ids, positions, drop_labels(labels, positions, self.mask_seams)
+
+    def _meet_labels(self, trained: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """What the sampler draws, drawn again while none of it is to be predicted: answers are few in long conversations."""
+        for _ in range(_DRAWS):
+            tokens, positions = self.sampler.positions(size, len(trained), rng)
+            if trained[tokens[1:]].any():
+                break
+        return tokens, positions
 
     def _finish(self, pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         ids, positions, labels = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
@@ -271,6 +330,37 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
             "input_ids": np.pad(ids, (0, pad)), "position_ids": np.pad(positions, (0, pad)),
             "labels": np.pad(labels, (0, pad), constant_values=IGNORE), "segments": np.pad(segments, (0, pad), constant_values=-1),
         }  # fmt: skip
+
+
+def drop_labels(labels: np.ndarray, positions: np.ndarray, mask_seams: bool) -> np.ndarray:
+    """`labels` of one text, in place, without the first one and, with `mask_seams`, those just after a skip."""
+    labels[0] = IGNORE  # nothing before it predicts it
+    if mask_seams:
+        labels[1:][np.diff(positions) != 1] = IGNORE
+    return labels
+
+
+def fit_sampler(sampler: Method, window: int, config: PretrainedConfig) -> Method:
+    """`sampler` with the window of a patched configuration as its target.
+
+    Raises:
+        ValueError: frequencies that depend on the length seen, another target, or one below `window`.
+    """
+    if not hasattr(sampler, "target"):
+        return sampler
+    for item in load_methods((getattr(config, "longctx", None) or {}).get("methods", ())):
+        if not item.static:
+            raise ValueError(f"{sampler.name} skips positions, but the frequencies of {item.name} depend on the length seen; use a static method such as yarn")
+    target = window_of(config)
+    wanted = sampler.target or target
+    if wanted != target:
+        raise ValueError(
+            f"{sampler.name}: target {wanted} is not the patched model's window {target} (trained window {rope.trained_window(config)} x factor); "
+            "set the factor, or leave target out"
+        )
+    if wanted < window:
+        raise ValueError(f"{sampler.name}: target {wanted} is below the training window {window}")
+    return replace(sampler, target=wanted)  # type: ignore[call-arg]
 
 
 def _pack(documents: np.ndarray, lengths: np.ndarray, window: int) -> list[list[int]]:

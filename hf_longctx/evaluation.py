@@ -56,7 +56,7 @@ class Subject:
         """How the rows call it: two subjects of one evaluation never share it."""
         name = str(Path(self.name)) if Path(self.name).exists() else self.name
         at = f"@{self.revision}" if self.revision else ""
-        return " + ".join([name + at, *map(_spelled, self.methods)])
+        return " + ".join([name + at, *map(spelled, self.methods)])
 
     def parts(self) -> list[Path]:
         """The files that decide its outputs. Raises ValueError if there is no such model."""
@@ -104,7 +104,7 @@ def evaluate(
     asked = [load_task(task) for task in _several(tasks)]
     if not asked or not sizes:
         raise ValueError("give at least one task and one length")
-    chosen = {_spelled(task): task.for_lengths(sizes) for task in asked}
+    chosen = {spelled(task): task.for_lengths(sizes) for task in asked}
     subjects = _subjects(str(model), load_methods(methods), revision, base, None if baseline is None else str(baseline))
     source = data if isinstance(data, DataSource) or data is None else DataSource(str(data))
     arguments = {
@@ -137,7 +137,7 @@ def _subjects(name: str, methods: tuple[Method, ...], revision: str | None, base
     return found
 
 
-def _spelled(item: Task | Method) -> str:
+def spelled(item: Task | Method) -> str:
     """As on the command line, without what is left at its default: `yarn:factor=4`."""
     changed = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != f.default}
     return item.name + (":" + ",".join(f"{k}={_brief(v)}" for k, v in changed.items()) if changed else "")
@@ -237,10 +237,11 @@ def _measure(
     """Load the model, score each task at each length of `plan`, and free it."""
     if not plan:
         return
+    _free()  # what a training before left behind
     model, tokenizer = checkpoint.load(subject.name, methods=subject.methods, revision=subject.revision, base=subject.base, **options)
-    documents = _documents(source, tokenizer, model) if any(task.needs_text for task in plan.values()) else []
+    documents = read_documents(source, tokenizer, model.config) if any(task.needs_text for task in plan.values()) else []
     about = {
-        "model": subject.label, "revision": subject.commit(), "method": " + ".join(map(_spelled, subject.methods or _methods_in(model))), "seed": seed,
+        "model": subject.label, "revision": subject.commit(), "method": " + ".join(map(spelled, subject.methods or _methods_in(model))), "seed": seed,
         "tokenizer": f"{type(tokenizer).__name__} {len(tokenizer)}", "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
     for key, task in plan.items():
@@ -321,11 +322,12 @@ def _numbers(result: Result, cells: Sequence[Cell]) -> Row:
 # --- text
 
 
-def _documents(source: DataSource | None, tokenizer: Any, model: Any) -> Sequence[np.ndarray]:
+def read_documents(source: DataSource | None, tokenizer: Any, config: Any) -> Sequence[np.ndarray]:
+    """Token ids of the documents of a source, or of the built-in text. Raises ValueError as `load_documents`, and for tokens that a model of `config` does not know."""
     if source is None:
         return [np.array(tokenizer(built_in_text(), add_special_tokens=False, verbose=False)["input_ids"])]
     found = load_documents(source, tokenizer)
-    known = model.config.get_text_config().vocab_size
+    known = config.get_text_config().vocab_size
     if source.path.endswith(".npz") and found.ids.max() >= known:
         raise ValueError(f"{source.path} holds token id {found.ids.max()}, but the model knows only {known} tokens")
     return [found[i] for i in range(len(found))]

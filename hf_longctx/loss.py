@@ -146,6 +146,8 @@ class BlockLoss:
         self._hook.remove()
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() and kwargs.get("attention_mask") is None:
+            return  # an evaluation in the midst of training: its long rows are not to be kept
         self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         self.batch = (kwargs["input_ids"], kwargs["attention_mask"]) if self.teacher else None
 
@@ -198,7 +200,7 @@ def check_block_loss(model: nn.Module, length: int = 64) -> None:
     parameter = next(base.parameters())
     ids = torch.arange(3, 3 + length, device=parameter.device)[None] % base.config.vocab_size
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             wanted = float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss)
             got = float(loss(None, ids))
     finally:
@@ -209,7 +211,8 @@ def check_block_loss(model: nn.Module, length: int = 64) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards as it was."""
     training = model.training
     model.eval()
     try:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
 
 T = TypeVar("T")
-STRICT_KEYS = ConfigDict(extra="forbid")
+STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the string under a field is what editors show
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "K": 1000, "M": 1000**2, "B": 1000**3}
 
 

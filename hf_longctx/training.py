@@ -6,8 +6,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,15 +31,16 @@ from transformers import (
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_longctx import checkpoint, files
+from hf_longctx import checkpoint, files, hub
 from hf_longctx.cuda_graph import RecordedStep
-from hf_longctx.data import Documents, Mixture, Windows, collate, coverage, load_documents
+from hf_longctx.data import Documents, Mixture, Windows, check_source, collate, coverage, fit_sampler, load_documents
 from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
 from hf_longctx.integration.attention import expect_full_rows
 from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
+from hf_longctx.probe import SECONDS, Probe, Probed, make_cells
 from hf_longctx.recipe import DataSource, ModelSpec, Recipe, dump_recipe, parse_recipe, read_recipe
 from hf_longctx.schema import nearest
 from hf_longctx.task import opening
@@ -64,6 +65,7 @@ class Plan:
     sources: tuple[Windows, ...]
     batch: int  # examples of one optimizer step, over all processes
     steps: int
+    probed: tuple[Probed, ...]
 
     @cached_property
     def dataset(self) -> Mixture:
@@ -77,19 +79,25 @@ class Plan:
         return window_of(self.config)
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, weights: bool = True) -> Plan:
     """Resolve a recipe: configuration, patched window, sampler, data, number of steps. No weights are loaded.
+
+    Args:
+        recipe: what to resolve.
+        weights: fetch them too if the model is on the hub, and refuse a folder without any.
 
     Raises:
         ValueError: anything in the recipe that cannot work, named.
     """
-    config, tokenizer = _config_and_tokenizer(recipe)
+    if recipe.model.quantization is not None:
+        checkpoint.bitsandbytes_config(recipe.model.quantization)
+    config, tokenizer = _config_and_tokenizer(recipe, weights)
     chosen = recipe.load_methods()
     model_side = tuple(item for item in chosen if set(item.slots) & set(MODEL_SLOTS))
     patch_config(config, model_side)
     if recipe.distill and recipe.window > rope.trained_window(config):
         raise ValueError(f"distill: the base knows {rope.trained_window(config)} tokens, so it cannot teach a window of {recipe.window}")
-    sampler = _sampler(chosen, recipe.window, window_of(config), config)
+    sampler = fit_sampler(in_slot(chosen, "positions") or method("plain"), recipe.window, config)
     begins = opening(tokenizer)
     first = int(begins[0]) if len(begins) else None
     sources = tuple(
@@ -98,8 +106,11 @@ def plan(recipe: Recipe) -> Plan:
     )
     for source, windows in zip(recipe.data, sources, strict=True):
         _check_windows(source, windows, config)
+    if recipe.eval is not None and recipe.eval.data is not None:
+        check_source(DataSource(recipe.eval.data))
+    probed = make_cells(recipe.probe, tokenizer, config, recipe.seed) if recipe.probe is not None else ()
     batch = _batch(recipe.train)
-    return Plan(recipe, model_side, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch))
+    return Plan(recipe, model_side, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch), probed)
 
 
 def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfig) -> None:
@@ -130,17 +141,21 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
         overwrite: throw away what `out` holds.
 
     Raises:
-        ValueError: a recipe that cannot work, an `out` in use, or nothing to resume.
+        ValueError: a recipe that cannot work, an `out` in use, or nothing to resume; with `train: {push_to_hub: true}`, as `push`.
+        ConnectionError: only with `push_to_hub`: the result is saved, and `push` goes on.
         Interrupted: SIGINT; the state was saved.
     """
     recipe = as_recipe(recipe)
     folder = Path(out).expanduser()
     if not resume:
         _check_free(folder, recipe, overwrite)
+    push = hub.trainer_options(recipe, folder)
     last = _resume_from(folder, recipe) if resume else None
     arguments = _arguments(recipe, folder)
     with arguments.main_process_first(desc="tokenising"):  # one process fills the caches, the others read them
         what = plan(recipe)
+    if push and arguments.process_index == 0:  # what is wrong with it shows now, not after the training
+        hub.open_repository(**push)
     set_seed(recipe.seed)
     model, mark = _build_model(what)
     trainer = _trainer(what, model, arguments)
@@ -155,6 +170,8 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; add --resume to go on")
     if main:
         _save_result(what, model, folder, mark)
+        if push:
+            hub.push(folder, **push)
     return folder
 
 
@@ -164,7 +181,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path, samples: int = 3) -
     Raises:
         ValueError: as `finetune`.
     """
-    what = plan(as_recipe(recipe))
+    what = plan(as_recipe(recipe), weights=False)
     recipe = what.recipe
     shown = [what.dataset[i] for i in range(min(samples, len(what.dataset)))]
     return {
@@ -174,8 +191,12 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path, samples: int = 3) -
         "steps": what.steps, "batch": what.batch, "tokens": what.steps * what.batch * recipe.window,
         "epochs": what.steps * what.batch / sum(map(len, what.sources)),
         "samples": [_show(row, what.tokenizer) for row in shown],
-        "coverage": coverage(what.sampler, recipe.window, max(what.target, recipe.window)), "memory": estimate_memory(what),
+        "coverage": _coverage(what), "memory": estimate_memory(what),
     }  # fmt: skip
+
+
+def _coverage(what: Plan) -> dict[str, Any]:
+    return coverage(what.sampler, what.recipe.window, max(what.target, what.recipe.window))
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -185,7 +206,7 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return parse_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
 
 
-def _config_and_tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+def _config_and_tokenizer(recipe: Recipe, weights: bool) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     spec = recipe.model
     if spec.config is not None:
         return _fresh_config_and_tokenizer(spec)
@@ -195,7 +216,7 @@ def _config_and_tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedT
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    folder = files.local_folder(spec.name, spec.revision)
+    folder = files.local_folder(spec.name, spec.revision, weights)
     if (folder / files.ADAPTER).exists():
         raise ValueError(f"{spec.name} is an adapter; merge it first (`longctx merge`), then train the result")
     return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -217,25 +238,6 @@ def _fresh_config_and_tokenizer(spec: ModelSpec) -> tuple[PretrainedConfig, PreT
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"model.config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
     return config, tokenizer
-
-
-def _sampler(chosen: tuple[Method, ...], window: int, target: int, config: PretrainedConfig) -> Method:
-    """The recipe's sampler with its target filled in, or plain positions."""
-    sampler = in_slot(chosen, "positions") or method("plain")
-    if not hasattr(sampler, "target"):
-        return sampler
-    changer = in_slot(chosen, "rope")
-    if changer is not None and not changer.static:
-        raise ValueError(f"{sampler.name} skips positions, but the frequencies of {changer.name} depend on the length seen; use a static method such as yarn")
-    wanted = sampler.target or target
-    if wanted != target:
-        raise ValueError(
-            f"{sampler.name}: target {wanted} is not the patched model's window {target} (trained window {rope.trained_window(config)} x factor); "
-            "set the factor, or leave target out"
-        )
-    if wanted < window:
-        raise ValueError(f"{sampler.name}: target {wanted} is below the training window {window}")
-    return replace(sampler, target=wanted)  # type: ignore[call-arg]
 
 
 def _count(train: Mapping[str, Any], key: str, default: int) -> float:
@@ -261,11 +263,13 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     bf16 = cuda and torch.cuda.is_bf16_supported() and not recipe.train.get("fp16")
     defaults: dict[str, Any] = {
         "bf16": bf16, "logging_steps": 10, "save_total_limit": 2, "dataloader_num_workers": 2 if cuda else 0, "dataloader_pin_memory": cuda,
+        "report_to": "none",
         "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a loss that is not a number
     }  # fmt: skip
     ours = {
         "output_dir": str(out), "seed": recipe.seed, "data_seed": recipe.seed, "train_sampling_strategy": "sequential",
         "remove_unused_columns": False, "num_train_epochs": 1, "max_steps": -1,
+        "push_to_hub": False,  # Trainer would push checkpoints, and not the result; see hub.trainer_options
     }  # fmt: skip
     try:
         arguments = TrainingArguments(**(defaults | recipe.train | ours))
@@ -273,13 +277,16 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise ValueError(f"train: {error}") from None
     if recipe.loss == "blocks" and (arguments.fsdp or arguments.deepspeed):
         raise ValueError("train: fsdp and deepspeed split the output embedding: set loss: model in the recipe")
+    if recipe.probe is not None and (arguments.fsdp or arguments.deepspeed):
+        raise ValueError("probe: fsdp and deepspeed split the weights, and a probe needs all of them in one process: leave probe out")
     return arguments
 
 
 def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Raises ValueError if `folder` is in use, or holds what the run reads. Nothing is touched before the recipe is known to work."""
     files.check_output(folder, overwrite)
-    for given in (recipe.model.name, recipe.model.tokenizer, *(source.path for source in recipe.data)):
+    measured = [spec.data for spec in (recipe.eval, recipe.probe) if spec is not None]
+    for given in (recipe.model.name, recipe.model.tokenizer, *measured, *(source.path for source in recipe.data)):
         path = Path(given or "").expanduser()
         if given and path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder} holds {given}, which this run reads; choose another --out")
@@ -323,15 +330,25 @@ def _build_model(what: Plan) -> tuple[nn.Module, str]:
         # Full training needs float32 weights: updates are smaller than what bfloat16 can add.
         dtype = "float32" if recipe.lora is None and spec.dtype == "auto" else None if spec.dtype == "auto" else spec.dtype
         assert spec.name is not None
-        model = checkpoint.load(spec.name, methods=what.methods, revision=spec.revision, dtype=dtype, attn_implementation=spec.attn_implementation).model
+        packing = None if spec.quantization is None else checkpoint.bitsandbytes_config(spec.quantization)
+        model = checkpoint.load(
+            spec.name, methods=what.methods, revision=spec.revision, dtype=dtype, attn_implementation=spec.attn_implementation, quantization_config=packing
+        ).model
+        if packing is not None:  # the adapter will be loaded on the base as it is stored
+            return _add_lora(model.train(), recipe), checkpoint.fingerprint_of(spec.name, spec.revision)
     mark = checkpoint.fingerprint(model)
     model.train()
     return (model if recipe.lora is None else _add_lora(model, recipe)), mark
 
 
 def _add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
+    if _quantised(model):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to that, as `train` says
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        for layer in layers:  # on such CPUs bitsandbytes repacks a layer in its first evaluation, and no gradient passes it then
+            layer.support_avx512bf16_for_cpu = False
     keys = dict(recipe.lora or {})
     keys.setdefault("task_type", TaskType.CAUSAL_LM)
     also = list(keys.pop("modules_to_save", None) or [])
@@ -344,6 +361,10 @@ def _add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         return get_peft_model(model, LoraConfig(**keys, modules_to_save=also or None))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {error}") from None
+
+
+def _quantised(model: nn.Module) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 class _Trainer(Trainer):
@@ -359,12 +380,15 @@ class _Trainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.recorded is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            # The model's own loss divides by it: without a label in the batch the loss is 0, not NaN.
+            items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+            return super().training_step(model, inputs, items)
         return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.progress.speed(self.state.global_step))
+        self.progress.leave_out(logs.get(SECONDS, 0.0))
         super().log(logs, start_time)
 
 
@@ -374,7 +398,7 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
     if blocks:
         check_block_loss(model)
     full_rows = expect_full_rows(_base(model))
-    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50)
+    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50 and not _quantised(_base(model)))
     if compiled:
         compile_layers(model)
     recorded = compiled and blocks and full_rows and _recordable(what, model, arguments)
@@ -391,6 +415,9 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
         trainer.remove_callback(stock)
     trainer.progress = Progress(what.batch * recipe.window)
     trainer.add_callback(trainer.progress)
+    trainer.add_callback(_Coverage(what, trainer.log))
+    if recipe.probe is not None:
+        trainer.add_callback(Probe(what.probed, recipe.probe.every, recipe.probe.stop_at, what.tokenizer, trainer.log, trainer.accelerator.autocast))
     return trainer
 
 
@@ -404,7 +431,7 @@ def _recordable(what: Plan, model: nn.Module, arguments: TrainingArguments) -> b
     draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or getattr(config, "attention_dropout", 0) > 0
     return (
         torch.cuda.is_available() and arguments.world_size == 1 and not (arguments.fp16 or arguments.deepspeed or arguments.fsdp)
-        and not (draws or arguments.gradient_checkpointing or arguments.neftune_noise_alpha)
+        and not (draws or _quantised(_base(model)) or arguments.gradient_checkpointing or arguments.neftune_noise_alpha)
         and not rope.reads_lengths(config) and not any(source.packs for source in what.sources)
     )  # fmt: skip
 
@@ -480,6 +507,10 @@ class Progress(TrainerCallback):
             values["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         return values
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training."""
+        self.since = (self.since[0], self.since[1] + seconds)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm.auto import tqdm
 
@@ -499,6 +530,18 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class _Coverage(TrainerCallback):
+    """Log once how well the positions cover the target, where a tracker listens; `--dry-run` shows the same numbers."""
+
+    def __init__(self, what: Plan, log: Callable[[dict[str, float]], None]):
+        self.what, self.log = what, log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.report_to and state.global_step == 0 and state.is_world_process_zero:
+            found = _coverage(self.what)
+            self.log({f"coverage/{key}": found[key] for key in ("last_window", "never", "far_pairs")})
 
 
 class _Interrupt(TrainerCallback):
@@ -530,7 +573,7 @@ class _Interrupt(TrainerCallback):
             flag = torch.tensor(int(self.asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             self.asked = bool(flag)
-        if self.asked and state.global_step < state.max_steps:
+        if self.asked and state.global_step < state.max_steps and not control.should_training_stop:
             control.should_save = control.should_training_stop = True
         elif self.asked:
             self.asked = False  # it was the last step: there is nothing to resume
@@ -546,8 +589,12 @@ def estimate_memory(what: Plan) -> dict[str, float]:
     width, inner, layers = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.num_hidden_layers
     per_layer = tokens * 2 * (8 * width + 4 * inner)  # 16-bit activations kept for backward
     recomputed = any(recipe.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
+    weights = total * (2 if half else 4)
+    if recipe.model.quantization is not None:  # embeddings and output stay as they are, and PEFT makes them float32
+        kept = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+        weights = kept * 4 + (total - kept) * (0.5 if recipe.model.quantization.get("load_in_4bit") else 1)
     parts = {
-        "weights": total * (2 if half else 4) + added,
+        "weights": weights + added,
         "gradients and optimizer": trained * 12,
         "activations": tokens * 2 * width * layers + per_layer if recomputed else per_layer * layers,
         "logits": tokens * config.vocab_size * 8 if recipe.loss == "model" else (6 if recipe.distill else 3) * 2**28,

@@ -89,7 +89,17 @@ print("heavy:", [name for name in {HEAVY} if name in sys.modules])
     assert printed.count("Usage: longctx") >= 10
 
 
-@pytest.mark.parametrize(("words", "found"), [("longctx ", {"patch", "finetune", "eval"}), ("longctx finetune --", {"--dry-run", "--num-gpus"})])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("longctx ", {"patch", "finetune", "eval"}),
+        ("longctx finetune --", {"--dry-run", "--num-gpus"}),
+        ("longctx finetune smollm2", {"smollm2-135m-32k"}),
+        ("longctx methods ya", {"yarn"}),
+        ("longctx patch model -m ", {"yarn", "linear"}),
+        ("longctx eval model --task pass", {"passkey"}),
+    ],
+)
 def test_completion_imports_nothing_heavy(words, found):
     code = f"""
 import atexit, sys
@@ -101,6 +111,18 @@ main()
     printed = in_process_of_its_own(code, _LONGCTX_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
     assert found <= set(printed.split("\n"))
     assert printed.endswith("heavy: []\n")
+
+
+def test_the_shell_gets_a_script_that_completes():
+    code = "import sys; sys.argv = ['longctx']; from hf_longctx.cli.main import main; main()"
+    assert "_LONGCTX_COMPLETE=complete_bash" in in_process_of_its_own(code, _LONGCTX_COMPLETE="source_bash")
+
+
+def test_every_command_and_option_says_what_it_is():
+    for verb, command in typer.main.get_command(app).commands.items():
+        assert command.help, verb
+        for parameter in command.params:
+            assert len(parameter.help or "") >= 8, f"{verb} {parameter.name} has no help text"
 
 
 def test_as_a_command_and_as_a_module():
@@ -128,6 +150,7 @@ OPTIONS = {
     "patch": "MODEL -m --method --out --overwrite --revision",
     "finetune": "RECIPE --out --set --dry-run --resume --overwrite --num-gpus",
     "merge": "ADAPTER_DIR --out --base --overwrite",
+    "push": "DIR REPO_ID --private --revision --create-pr --base --results",
     "eval": "MODEL --lengths --out --task -m --method --data --baseline --revision --base --device --dtype --seed --batch-size",
     "demo": "--out",
     "schema": "",
@@ -351,6 +374,25 @@ def test_the_text_is_named_where_one_is_used(longctx, base, tokens):
     out = longctx("eval", base, *options, "--out", "b", "--data", tokens, "-m", "yarn:factor=2").out
     assert "pydoc" not in out
     assert "yarn" in out
+
+
+def test_an_evaluation_that_breaks_after_training_costs_nothing_but_itself(longctx, recipe_file, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("no text\nat all")
+
+    monkeypatch.setattr("hf_longctx.evaluation.evaluate", broken)
+    status, out, err = longctx("finetune", recipe_file, "--out", "run", "--set", "eval={tasks: [passkey], lengths: [450]}", "--set", "train.disable_tqdm=true")
+    assert (status, out) == (1, "run: an adapter\n")
+    assert err == "longctx: run is saved; its evaluation failed: no text at all; `longctx eval run` measures it\n"
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("change", ["eval={tasks: [paskey]}", "eval={data: none.txt}", "probe={lengths: [3]}"])
+def test_what_is_measured_is_checked_before_training(longctx, recipe_file, monkeypatch, change):
+    monkeypatch.setattr(training, "_build_model", lambda what: pytest.fail("it went on"))
+    status, out, err = longctx("finetune", recipe_file, "--out", "run", "--set", change)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(("length", "status"), [(450, 0), (100, 1)])

@@ -261,7 +261,7 @@ def test_perplexity_has_an_interval_over_documents(base, tokens, tmp_path):
 
 
 def test_tasks_that_need_no_text_read_none(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "_documents", None)
+    monkeypatch.setattr(evaluation, "read_documents", None)
     assert evaluate(base, PASSKEY, "400", out=tmp_path)[0]["metric"] == "accuracy"
 
 

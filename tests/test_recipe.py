@@ -1,11 +1,14 @@
 """Recipes: YAML 1.2, sizes, overrides, errors that name the key, round trips, and the shipped ones."""
 
+import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hf_longctx import training
-from hf_longctx.recipe import SHIPPED, dump_recipe, parse_recipe, parse_value, read_recipe, recipe_names
+from hf_longctx import data, training
+from hf_longctx.recipe import SHIPPED, dump_recipe, json_schema, parse_recipe, parse_value, read_recipe, recipe_names
 from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
 
 TEXT = """
@@ -191,3 +194,110 @@ def test_shipped_recipes_train_for_a_step(name, base, tokens, tmp_path):
 
 def test_shipped_recipes_are_the_files_in_the_folder():
     assert recipe_names() == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+# --- on the shapes that they are for
+
+
+def _shape(family, hidden, inner, layers, heads, kv_heads, window, theta, vocabulary, **more):
+    return {
+        "model_type": family, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "max_position_embeddings": window, "rope_theta": theta, "vocab_size": vocabulary, **more,
+    }  # fmt: skip
+
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHAPES = {  # what the vendors' config.json say
+    "smollm2-135m-32k": _shape("llama", 576, 1536, 30, 9, 3, 8192, 100000, 49152, tie_word_embeddings=True),
+    "llama-2-7b-16k": _shape("llama", 4096, 11008, 32, 32, 32, 4096, 10000.0, 32000),
+    "llama-3.1-8b-256k": _shape("llama", 4096, 14336, 32, 32, 8, 131072, 500000.0, 128256, rope_scaling=LLAMA3_ROPE),
+    "mistral-7b-128k": _shape("mistral", 4096, 14336, 32, 32, 8, 32768, 1000000.0, 32768, sliding_window=None),
+    "qwen2.5-7b-128k": _shape("qwen2", 3584, 18944, 28, 28, 4, 32768, 1000000.0, 152064, sliding_window=131072, use_sliding_window=False, max_window_layers=28),
+    "qwen3-8b-128k": _shape("qwen3", 4096, 12288, 36, 32, 8, 40960, 1000000, 151936, head_dim=128, sliding_window=None, use_sliding_window=False, max_window_layers=36),
+}
+WEIGHTS = {  # parameters, in billions, and the window before and after
+    "smollm2-135m-32k": (0.1345, 8192, 5 * 8192), "llama-2-7b-16k": (6.738, 4096, 16384), "llama-3.1-8b-256k": (8.030, 131072, 262144),
+    "mistral-7b-128k": (7.248, 32768, 131072), "qwen2.5-7b-128k": (7.616, 32768, 131072), "qwen3-8b-128k": (8.191, 40960, 163840),
+}  # fmt: skip
+
+
+@pytest.fixture
+def true_shape(tmp_path, monkeypatch):
+    """`true_shape(name, **changes)`: a shipped recipe for a folder with the true config.json, no weights, and a book of its window."""
+    monkeypatch.setattr(training, "coverage", partial(data.coverage, draws=2))  # 400 take seconds at such targets
+
+    def make(name, **changes):
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPES[name] | changes))
+        recipe = read_recipe(name)
+        np.savez(tmp_path / "book.npz", np.arange(2 * recipe.window) % 250 + 3)
+        return read_recipe(name, [f"model.name={tmp_path / 'model'}", f"data.path={tmp_path / 'book.npz'}"])
+
+    return make
+
+
+def test_every_recipe_for_a_checkpoint_has_its_shape_here():
+    assert set(SHAPES) == set(WEIGHTS) == {name for name in recipe_names() if not name.startswith("demo")}
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true_shape):
+    recipe = true_shape(name)
+    found = training.dry_run(recipe, samples=1)
+    billions, before, after = WEIGHTS[name]
+    assert (found["trained_window"], found["target"], found["sampler"]["target"]) == (before, after, after)
+    assert [m["name"] for m in found["methods"]] == ["yarn"]
+    assert recipe.window <= before
+    assert found["steps"] == recipe.train["max_steps"] > 0
+    assert found["dropped"] == 0
+    total, trained = training._parameters(training.plan(recipe, weights=False))
+    assert total / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert 0 < trained < total / 5
+    memory = found["memory"]
+    assert memory["weights"] >= total * 2 / 2**30
+    assert memory["total"] < 80  # on a CPU it counts 32-bit weights; one large GPU is enough
+
+
+def test_mistral_of_the_first_version_gets_full_attention(true_shape):
+    """Its layers slide over 4096 tokens. The recipe is for v0.3, whose layers do not."""
+    what = training.plan(true_shape("mistral-7b-128k", sliding_window=4096, rope_theta=10000.0, vocab_size=32000), weights=False)
+    assert what.config.sliding_window is None
+    assert what.target == 131072
+
+
+# --- the schema
+
+
+def described(schema, where=""):
+    """Every key of a recipe's own blocks, and its description."""
+    for block in [schema, *schema["$defs"].values()]:
+        for key, value in block["properties"].items():
+            yield f"{block['title']}.{key}", value.get("description", "")
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return json_schema()
+
+
+def test_the_schema_says_what_every_key_is(schema):
+    assert not [key for key, text in described(schema) if len(text) < 10]
+
+
+def test_the_schema_completes_methods_tasks_and_what_is_passed_on(schema):
+    text = json.dumps(schema)
+    for name in ("yarn", "pose", "passkey", "perplexity", "beta_fast", "target_modules", "gradient_accumulation_steps", "report_to"):
+        assert f'"{name}"' in text
+    assert "output_dir" not in schema["properties"]["train"]["properties"]  # --out sets it
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_schema_accepts_every_shipped_recipe(name, schema):
+    jsonschema = pytest.importorskip("jsonschema")
+    from ruamel.yaml import YAML
+
+    validator = jsonschema.Draft202012Validator(schema)
+    values = YAML(typ="safe", pure=True).load((SHIPPED / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert not list(validator.iter_errors(values))
+    for wrong in ({"widow": 1}, {"window": [1]}, {"train": {"learning_rat": 1}}, {"methods": {"name": "yarm"}}, {"methods": [{"name": "yarn", "factr": 4}]}):
+        assert list(validator.iter_errors(values | wrong)), wrong

@@ -196,6 +196,8 @@ LAYERS = {
     "integration": {"method"},
     "patching": {"integration", "method", "schema", "__version__"},
     "checkpoint": {"patching", "integration", "method", "schema", "files", "__version__"},
+    "card": {"checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
+    "hub": {"card", "checkpoint", "recipe", "files", "__version__"},
 }
 
 
