@@ -239,14 +239,14 @@ def finetune(
 ) -> None:
     """Train as RECIPE says: LoRA at a short window with skip-wise positions, or whatever the recipe asks for."""
     _quiet_transformers()
-    from hf_longctx import training
+    from hf_longctx import planning, training
     from hf_longctx.recipe import read_recipe
 
     found = read_recipe(recipe, changes or [])
     if dry_run:
         if num_gpus > 1:
             os.environ["WORLD_SIZE"] = str(num_gpus)  # as torchrun will: a step takes a batch from each process
-        _show_plan(training.dry_run(found))
+        _show_plan(planning.dry_run(found))
         return
     if out_folder is None:
         raise ValueError("give --out FOLDER, or --dry-run")

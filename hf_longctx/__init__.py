@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "patch": "checkpoint", "load": "checkpoint", "save": "checkpoint", "merge": "checkpoint", "inspect_model": "checkpoint",
     "Recipe": "recipe", "read_recipe": "recipe",
-    "finetune": "training", "dry_run": "training",
+    "finetune": "training", "dry_run": "planning",
     "evaluate": "evaluation",
     "push": "hub",
     "SkipWiseCollator": "interop",

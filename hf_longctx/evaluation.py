@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from hf_longctx import __version__, checkpoint, files
 from hf_longctx.data import check_source, load_documents
+from hf_longctx.lora import base_model
 from hf_longctx.method import Method, load_methods
 from hf_longctx.recipe import DataSource
 from hf_longctx.reporting import plot_results
@@ -157,7 +158,7 @@ def score_cells(model: torch.nn.Module, cells: Sequence[Cell], batch_size: int |
 
     Cells of equal length share a batch. Without a cache and without an attention mask, every backend takes its causal path.
     """
-    base = _inside(model)
+    base = base_model(model)
     device = next(base.parameters()).device
     outputs: dict[int, Scored] = {}
     for batch in _batches(cells, batch_size, device.type):
@@ -174,11 +175,6 @@ def score_cells(model: torch.nn.Module, cells: Sequence[Cell], batch_size: int |
         if on_tokens is not None:
             on_tokens(ids.numel())
     return [outputs[i] for i in range(len(cells))]
-
-
-def _inside(model: Any) -> Any:
-    """The model that PEFT wraps, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _token_scores(model: Any, states: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_longctx.lora import base_model
+
 IGNORE = -100
 _BLOCK_ELEMENTS = 2**26  # of one block of logits: 256 MiB in float32
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")  # keys of configurations
@@ -132,10 +134,7 @@ class BlockLoss:
 
     def __init__(self, model: nn.Module, compiled: bool = False, teacher: Callable[[Tensor, Tensor], Tensor] | None = None, share: float = 0.0):
         self.compiled, self.teacher, self.share = compiled, teacher, share
-        base: Any = model
-        if hasattr(model, "get_base_model"):  # PEFT
-            base = base.get_base_model()
-        self.model = base
+        self.model = base = base_model(model)
         self.hidden: Tensor | None = None
         self.batch: tuple[Tensor, Tensor] | None = None
         _plain_head(base)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_longctx import data, training
+from hf_longctx import data, planning, training
 from hf_longctx.chat import encode_chat
 from hf_longctx.data import IGNORE, Documents, Windows, collate, load_documents
 from hf_longctx.method import method
@@ -249,14 +249,14 @@ def chat_recipe(recipe, tmp_path, cache):
 
 @pytest.mark.floor
 def test_a_recipe_trains_on_answers_alone(chat_recipe, tmp_path):
-    what = training.plan(training.as_recipe(chat_recipe))
+    what = planning.plan(planning.as_recipe(chat_recipe))
     said = set()
     for i in range(len(what.dataset)):
         row = what.dataset[i]
         said.add(what.tokenizer.decode(row["labels"][row["labels"] != IGNORE]))
     assert all(any(text in f"{i}!</s>\n" for i in range(8)) for text in said)
     assert any(re.fullmatch(r"\d!</s>\n", text) for text in said)
-    every = training.plan(training.as_recipe(chat_recipe | {"data": chat_recipe["data"] | {"loss_on": "all"}}))
+    every = planning.plan(planning.as_recipe(chat_recipe | {"data": chat_recipe["data"] | {"loss_on": "all"}}))
     assert (every.dataset[0]["labels"] != IGNORE).sum() == 31
     assert training.finetune(chat_recipe, tmp_path / "out")
 

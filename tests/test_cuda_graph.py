@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from hf_longctx import training
+from hf_longctx import planning, training
 from hf_longctx.cuda_graph import RecordedStep
 from hf_longctx.integration.attention import FULL_ROWS, expect_full_rows
 from tests.conftest import FAMILIES, tiny_model
@@ -129,7 +129,7 @@ def test_full_rows_need_no_mask_and_give_the_same_logits(family):
 def test_finetune_with_a_recording_learns_what_it_learns_without(recipe, tmp_path, monkeypatch, accumulate):
     def run(name: str) -> list[float]:
         steps = {"max_steps": 12, "gradient_accumulation_steps": accumulate, "dataloader_num_workers": 0, "save_strategy": "no"}
-        what = training.plan(training.as_recipe(recipe | {"train": recipe["train"] | steps, "compile": "on"}))
+        what = planning.plan(planning.as_recipe(recipe | {"train": recipe["train"] | steps, "compile": "on"}))
         model, _ = training._build_model(what)
         trainer = training._trainer(what, model, training._arguments(what.recipe, tmp_path / name))
         trainer.train()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_longctx import patch, training
+from hf_longctx import patch, planning, training
 from hf_longctx.distillation import Teacher
 from tests.conftest import FAMILIES, WINDOW, tiny_model
 
@@ -44,7 +44,7 @@ def test_the_teacher_reads_with_its_own_embeddings():
 
 
 def losses(recipe, folder, **changes) -> list[float]:
-    what = training.plan(training.as_recipe(recipe | changes))
+    what = planning.plan(planning.as_recipe(recipe | changes))
     model, _ = training._build_model(what)
     trainer = training._trainer(what, model, training._arguments(what.recipe, folder))
     trainer.train()
@@ -71,4 +71,4 @@ def test_the_loss_is_the_divergence_from_the_base_and_falls(recipe, tmp_path):
 )
 def test_what_cannot_be_distilled_is_refused(recipe, changes, message):
     with pytest.raises(ValueError, match=message):
-        training.plan(training.as_recipe(recipe | changes))
+        planning.plan(planning.as_recipe(recipe | changes))

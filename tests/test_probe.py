@@ -12,8 +12,9 @@ import yaml
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from hf_longctx import evaluation, probe, task, training
+from hf_longctx import evaluation, planning, probe, task, training
 from hf_longctx.evals.passkey import Passkey
+from hf_longctx.lora import base_model
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.test_training import assert_equal_weights, trainer_for
 
@@ -106,7 +107,7 @@ def test_layers_are_not_compiled_for_its_lengths(recipe, tmp_path, monkeypatch):
         counter = CompileCounter()
 
         def compile_layers(model, counter=counter):
-            for layer in training._base(model).get_decoder().layers:
+            for layer in base_model(model).get_decoder().layers:
                 layer.compile(dynamic=False, backend=counter)
 
         monkeypatch.setattr(training, "compile_layers", compile_layers)
@@ -193,7 +194,7 @@ def test_a_tracker_gets_our_numbers(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "notebook", Tracker)
     recipe["train"] |= {"report_to": "notebook"}
     training.finetune(recipe | {"probe": SPEC}, tmp_path / "out")
-    coverage = training.dry_run(recipe)["coverage"]
+    coverage = planning.dry_run(recipe)["coverage"]
     step, first = Tracker.seen[0]
     assert (step, {key: first[key] for key in first if key != "epoch"}) == (0, {f"coverage/{key}": coverage[key] for key in ("last_window", "never", "far_pairs")})
     names = set().union(*(logs for _, logs in Tracker.seen))
@@ -203,7 +204,7 @@ def test_a_tracker_gets_our_numbers(recipe, tmp_path, monkeypatch):
 
 @pytest.mark.floor
 def test_no_tracker_is_on_by_default(recipe, tmp_path):
-    assert training._arguments(training.as_recipe(recipe), tmp_path).report_to == []
+    assert training._arguments(planning.as_recipe(recipe), tmp_path).report_to == []
     training.finetune(recipe, tmp_path / "out")
     assert not any("coverage/never" in entry for entry in history(tmp_path / "out"))  # it takes seconds at long targets
 
@@ -238,11 +239,11 @@ def test_tensorboard_gets_our_numbers(recipe, tmp_path, monkeypatch):
 )
 def test_a_probe_that_cannot_work_is_refused_before_training(recipe, spec, message):
     with pytest.raises(ValueError, match=message) as caught:
-        training.dry_run(recipe | {"probe": spec})
+        planning.dry_run(recipe | {"probe": spec})
     assert "\n" not in str(caught.value)
 
 
 def test_split_weights_are_refused(recipe, tmp_path):
-    found = training.as_recipe(recipe | {"loss": "model", "probe": SPEC, "train": recipe["train"] | {"fsdp": "full_shard"}})
+    found = planning.as_recipe(recipe | {"loss": "model", "probe": SPEC, "train": recipe["train"] | {"fsdp": "full_shard"}})
     with pytest.raises(ValueError, match="leave probe out"):
         training._arguments(found, tmp_path)

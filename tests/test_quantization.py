@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_longctx import checkpoint, training
+from hf_longctx import checkpoint, planning, training
 from hf_longctx.data import collate
 from hf_longctx.recipe import json_schema, parse_recipe
 from tests.conftest import byte_tokenizer, tiny_model
@@ -51,9 +51,9 @@ def test_the_schema_knows_the_keys():
 
 def test_without_bitsandbytes_it_is_refused_before_anything_is_read(qlora, monkeypatch):
     monkeypatch.setattr(checkpoint, "is_bitsandbytes_available", lambda: False)
-    monkeypatch.setattr(training, "load_documents", None)
+    monkeypatch.setattr(planning, "load_documents", None)
     with pytest.raises(ValueError, match="needs the package bitsandbytes, which is not here: pip install") as caught:
-        training.plan(training.as_recipe(qlora))
+        planning.plan(planning.as_recipe(qlora))
     assert "\n" not in str(caught.value)
 
 
@@ -68,7 +68,7 @@ def test_the_block_reaches_transformers_as_it_stands(qlora, monkeypatch):
     monkeypatch.setattr(checkpoint, "is_bitsandbytes_available", lambda: True)
     monkeypatch.setattr(checkpoint, "BitsAndBytesConfig", lambda **keys: keys)
     monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", load)
-    what = training.plan(training.as_recipe(qlora))
+    what = planning.plan(planning.as_recipe(qlora))
     with pytest.raises(KeyboardInterrupt):
         training._build_model(what)
     assert given["quantization_config"] == NF4
@@ -78,16 +78,16 @@ def test_the_block_reaches_transformers_as_it_stands(qlora, monkeypatch):
 
 def test_the_memory_estimate_is_lower(qlora, monkeypatch):
     monkeypatch.setattr(checkpoint, "bitsandbytes_config", dict)
-    small = training.dry_run(qlora)["memory"]["weights"]
+    small = planning.dry_run(qlora)["memory"]["weights"]
     del qlora["model"]["quantization"]
-    assert small < 0.7 * training.dry_run(qlora)["memory"]["weights"]
+    assert small < 0.7 * planning.dry_run(qlora)["memory"]["weights"]
 
 
 @needs_bitsandbytes
 def test_a_value_that_bitsandbytes_refuses_is_one_line(qlora):
     qlora["model"]["quantization"] = NF4 | {"bnb_4bit_compute_dtype": "bfloat99"}
     with pytest.raises(ValueError, match=r"quantization: .*bfloat99"):
-        training.plan(training.as_recipe(qlora))
+        planning.plan(planning.as_recipe(qlora))
 
 
 @needs_bitsandbytes
@@ -98,7 +98,7 @@ def test_the_step_is_that_of_the_dequantised_weights(qlora, tmp_path, recomputed
 
     qlora["train"] |= {"gradient_checkpointing": recomputed}
     trainer, model, what = trainer_for(qlora, tmp_path / "out")  # it has compared the losses in eval mode
-    reference, _ = training._build_model(training.plan(training.as_recipe(qlora | {"model": {"name": qlora["model"]["name"]}})))
+    reference, _ = training._build_model(planning.plan(planning.as_recipe(qlora | {"model": {"name": qlora["model"]["name"]}})))
     packed = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit) and "lora" not in name}
     assert len(packed) == 2 * 7
     with torch.no_grad():

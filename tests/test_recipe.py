@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_longctx import data, training
+from hf_longctx import data, planning, training
 from hf_longctx.recipe import SHIPPED, dump_recipe, json_schema, parse_recipe, parse_value, read_recipe, recipe_names
 from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
 
@@ -224,7 +224,7 @@ WEIGHTS = {  # parameters, in billions, and the window before and after
 @pytest.fixture
 def true_shape(tmp_path, monkeypatch):
     """`true_shape(name, **changes)`: a shipped recipe for a folder with the true config.json, no weights, and a book of its window."""
-    monkeypatch.setattr(training, "coverage", partial(data.coverage, draws=2))  # 400 take seconds at such targets
+    monkeypatch.setattr(planning, "coverage", partial(data.coverage, draws=2))  # 400 take seconds at such targets
 
     def make(name, **changes):
         byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -243,14 +243,14 @@ def test_every_recipe_for_a_checkpoint_has_its_shape_here():
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true_shape):
     recipe = true_shape(name)
-    found = training.dry_run(recipe, samples=1)
+    found = planning.dry_run(recipe, samples=1)
     billions, before, after = WEIGHTS[name]
     assert (found["trained_window"], found["target"], found["sampler"]["target"]) == (before, after, after)
     assert [m["name"] for m in found["methods"]] == ["yarn"]
     assert recipe.window <= before
     assert found["steps"] == recipe.train["max_steps"] > 0
     assert found["dropped"] == 0
-    total, trained = training._parameters(training.plan(recipe, weights=False))
+    total, trained = planning._parameters(planning.plan(recipe, weights=False))
     assert total / 1e9 == pytest.approx(billions, rel=1e-3)
     assert 0 < trained < total / 5
     memory = found["memory"]
@@ -260,7 +260,7 @@ def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true
 
 def test_mistral_of_the_first_version_gets_full_attention(true_shape):
     """Its layers slide over 4096 tokens. The recipe is for v0.3, whose layers do not."""
-    what = training.plan(true_shape("mistral-7b-128k", sliding_window=4096, rope_theta=10000.0, vocab_size=32000), weights=False)
+    what = planning.plan(true_shape("mistral-7b-128k", sliding_window=4096, rope_theta=10000.0, vocab_size=32000), weights=False)
     assert what.config.sliding_window is None
     assert what.target == 131072
 

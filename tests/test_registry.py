@@ -196,6 +196,10 @@ LAYERS = {
     "integration": {"method"},
     "patching": {"integration", "method", "schema", "__version__"},
     "checkpoint": {"patching", "integration", "method", "schema", "files", "__version__"},
+    "lora": {"recipe"},
+    "loss": {"lora"},
+    "planning": {"checkpoint", "probe", "lora", "data", "patching", "integration", "recipe", "task", "method", "schema", "files"},
+    "callbacks": {"planning"},
     "card": {"checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
     "hub": {"card", "checkpoint", "recipe", "files", "__version__"},
 }

@@ -17,7 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_longctx import checkpoint, data, training
+from hf_longctx import callbacks, checkpoint, data, planning, training
 from tests.conftest import byte_tokenizer, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def trainer_for(recipe, out):
     """The Trainer that finetune would run, its model and the plan."""
-    what = training.plan(training.as_recipe(recipe))
+    what = planning.plan(planning.as_recipe(recipe))
     torch.manual_seed(0)
     model, _ = training._build_model(what)
     return training._trainer(what, model, training._arguments(what.recipe, out)), model, what
@@ -158,7 +158,7 @@ def test_the_learning_rate_follows_the_planned_steps(recipe, tmp_path):
     recipe["train"] |= {"num_train_epochs": 0.2, "warmup_steps": 0.5, "lr_scheduler_type": "linear"}
     del recipe["train"]["max_steps"]
     out = training.finetune(recipe, tmp_path / "out")
-    steps = training.plan(training.as_recipe(recipe)).steps
+    steps = planning.plan(planning.as_recipe(recipe)).steps
     assert steps == round(0.2 * 12 * 6 / 2) == 7
     state = json.loads((out / f"checkpoint-{steps}/trainer_state.json").read_text())  # saved though 7 is no multiple of 2
     rates = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
@@ -247,18 +247,19 @@ def test_a_killed_run_resumes_to_equal_weights(full_recipe, whole, tmp_path):
 
 @pytest.mark.floor
 def test_an_interrupt_saves_and_resumes_to_equal_weights(full_recipe, whole, tmp_path, at_step):
+    before = signal.getsignal(signal.SIGINT)
     at_step(3, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(training.Interrupted, match="step 3; add --resume"):
         training.finetune(full_recipe, tmp_path / "out")
     assert training.last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     at_step(-1, None)
     training.finetune(full_recipe, tmp_path / "out", resume=True)
     assert_equal_weights(whole, tmp_path / "out")
 
 
 def test_a_second_interrupt_stops_at_once_but_the_terminals_echo_does_not():
-    guard = training._Interrupt()
+    guard = callbacks.Interrupt()
     with guard:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # within a second: torchrun passing on what the terminal sent
@@ -498,7 +499,7 @@ def test_an_adapter_is_no_model_to_train(recipe, tmp_path):
     training.finetune(recipe, tmp_path / "out")
     recipe["model"] = {"name": str(tmp_path / "out")}
     with pytest.raises(ValueError, match="is an adapter; merge it first"):
-        training.plan(training.as_recipe(recipe))
+        planning.plan(planning.as_recipe(recipe))
 
 
 SKIPPING = {"name": "pose"}
@@ -526,7 +527,7 @@ def test_recipes_that_cannot_work_are_refused_before_weights_are_loaded(recipe, 
     np.savez(tmp_path / "big.npz", np.arange(100) + 201)
     text = json.dumps(change).replace("TOKENS", str(tokens)).replace("BASE", str(base)).replace("BIG", str(tmp_path / "big.npz"))
     with pytest.raises(ValueError, match=message) as caught:
-        training.plan(training.as_recipe(recipe | json.loads(text)))
+        planning.plan(planning.as_recipe(recipe | json.loads(text)))
     assert "\n" not in str(caught.value)
 
 
@@ -538,8 +539,8 @@ def test_packing_is_refused_where_layers_slide(recipe, tmp_path, family):
     np.savez(tmp_path / "t.npz", np.arange(3, 100), np.arange(3, 20))
     recipe |= {"model": {"name": str(tmp_path / "base")}, "methods": []}
     with pytest.raises(ValueError, match="set short: drop"):
-        training.plan(training.as_recipe(recipe | {"data": {"path": str(tmp_path / "t.npz")}}))
-    training.plan(training.as_recipe(recipe | {"data": {"path": str(tmp_path / "t.npz"), "short": "drop"}}))
+        planning.plan(planning.as_recipe(recipe | {"data": {"path": str(tmp_path / "t.npz")}}))
+    planning.plan(planning.as_recipe(recipe | {"data": {"path": str(tmp_path / "t.npz"), "short": "drop"}}))
 
 
 def test_wrong_training_arguments_are_named(recipe, tmp_path):
@@ -556,7 +557,7 @@ def test_a_dry_run_tells_everything_and_loads_no_weights(recipe, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     monkeypatch.setattr(checkpoint, "load", fail)
-    facts = training.dry_run(recipe, samples=2)
+    facts = planning.dry_run(recipe, samples=2)
     assert (facts["trained_window"], facts["window"], facts["target"]) == (64, 32, 256)
     assert (facts["steps"], facts["batch"], facts["tokens"]) == (6, 2, 6 * 2 * 32)
     assert (facts["documents"], facts["windows"], facts["dropped"]) == (12, 72, 0)
@@ -573,4 +574,4 @@ def test_a_dry_run_tells_everything_and_loads_no_weights(recipe, monkeypatch):
 def test_every_process_counts(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     recipe["train"] |= {"gradient_accumulation_steps": 3}
-    assert training.plan(training.as_recipe(recipe)).batch == 2 * 4 * 3
+    assert planning.plan(planning.as_recipe(recipe)).batch == 2 * 4 * 3

@@ -19,7 +19,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_longctx import patch, training
+from hf_longctx import patch, planning, training
 from hf_longctx.data import collate
 from hf_longctx.evaluation import score_cells
 from hf_longctx.recipe import parse_recipe
@@ -64,14 +64,14 @@ def measure(options, trainer: Trainer) -> tuple[float, float]:
 
 
 def ours(options, folder: Path, factor: int = 4) -> tuple[float, float]:
-    what = training.plan(recipe(options, factor))
+    what = planning.plan(recipe(options, factor))
     model, _ = training._build_model(what)
     return measure(options, training._trainer(what, model, training._arguments(what.recipe, folder)))
 
 
 def plain(options, folder: Path, **flags) -> tuple[float, float]:
     """What a user would write: AutoModel, PEFT, Trainer, with PoSE positions and the all-ones mask."""
-    what = training.plan(recipe(options))
+    what = planning.plan(recipe(options))
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
     patch(model, {"name": "yarn", "factor": 4})
     model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"))
