@@ -432,6 +432,18 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that eval wrote.")],
+    out_file: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Show evaluations side by side in one HTML file that needs no network: tables, heat maps, curves, what failed, what they were made from."""
+    from hf_longctx.html_report import write_report
+
+    out.print(f"{write_report(folders, out_file, overwrite=overwrite)}: {len(folders)} evaluation{'s' * (len(folders) > 1)}", markup=False)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model or an adapter: what patch, finetune or merge wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="name/model on the hub; made if it is not there.")],

@@ -16,6 +16,7 @@ _HOME = {
     "Recipe": "recipe", "read_recipe": "recipe",
     "finetune": "training", "dry_run": "planning",
     "evaluate": "evaluation",
+    "write_report": "html_report",
     "push": "hub",
     "SkipWiseCollator": "interop",
 }  # fmt: skip

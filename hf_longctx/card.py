@@ -19,7 +19,7 @@ from hf_longctx.checkpoint import inspect_model
 from hf_longctx.evaluation import spelled
 from hf_longctx.method import in_slot, load_methods, method_names
 from hf_longctx.recipe import Recipe, parse_recipe
-from hf_longctx.reporting import plot_results, table
+from hf_longctx.reporting import check_results, plot_results, table
 from hf_longctx.schema import format_size
 
 BEGIN = "<!-- longctx:begin (made by `longctx push`; changes down to longctx:end are lost, everything else is kept) -->"
@@ -81,14 +81,6 @@ def public_recipe(recipe: Recipe, base: str | None) -> Recipe:
 
 
 # --- evaluations
-
-
-def check_results(folders: Sequence[str | Path]) -> list[Path]:
-    """The folders as paths. Raises ValueError for one without results.json."""
-    for folder in map(Path, folders):
-        if not (folder / "results.json").is_file():
-            raise ValueError(f"{folder} holds no finished evaluation: there is no results.json in it; `longctx eval ... --out {folder}` writes it")
-    return [Path(folder) for folder in folders]
 
 
 def _read_evaluations(folders: Sequence[Path], name: str, method: str) -> list[Evaluation]:

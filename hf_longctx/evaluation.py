@@ -66,6 +66,10 @@ class Subject:
         folder = files.local_folder(self.name, self.revision)
         return [path for pattern in _DESCRIBES_MODEL for path in folder.glob(pattern)]
 
+    def trained_window(self) -> int | None:
+        """Of the model, as far as its configuration tells it."""
+        return None if checkpoint.is_gguf(self.name) else checkpoint.inspect_model(self.name, revision=self.revision).get("trained_window")
+
     def commit(self) -> str | None:
         """The commit of a hub model, whatever branch or tag it was asked for by."""
         return self.revision if checkpoint.is_gguf(self.name) else files.commit_of(files.local_folder(self.name, self.revision)) or self.revision
@@ -113,7 +117,7 @@ def evaluate(
         "data": _described(source), "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation,
     }  # fmt: skip
     folder = Path(out)
-    done = _resume(folder, arguments)
+    done = _resume(folder, arguments, subjects)
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     for subject in subjects:
         plan = {(subject.label, title, length): chosen[title] for title in chosen for length in sizes if (subject.label, title, length) not in done}
@@ -368,7 +372,7 @@ def _digest(paths: Iterable[Path], samples: int = 16, size: int = 4096) -> str:
 # --- the folder
 
 
-def _resume(folder: Path, arguments: Row) -> dict[Key, list[Row]]:
+def _resume(folder: Path, arguments: Row, subjects: Sequence[Subject]) -> dict[Key, list[Row]]:
     """Make `folder` this evaluation's and return the rows that it already has; ValueError if it holds another one."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder for --out")
@@ -386,7 +390,8 @@ def _resume(folder: Path, arguments: Row) -> dict[Key, list[Row]]:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    files.write_json(path, {"arguments": plain, "versions": versions | {"hf_longctx": __version__, "python": platform.python_version()}, "machine": machine})
+    about = {"versions": versions | {"hf_longctx": __version__, "python": platform.python_version()}, "machine": machine}
+    files.write_json(path, {"arguments": plain, "trained_windows": {s.label: s.trained_window() for s in subjects}} | about)
     return {}
 
 

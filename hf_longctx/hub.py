@@ -17,8 +17,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from hf_longctx import __version__, checkpoint, files
-from hf_longctx.card import PICTURES, Base, check_results, is_hub_id, looks_like_hub_id, make_card, public_recipe
+from hf_longctx.card import PICTURES, Base, is_hub_id, looks_like_hub_id, make_card, public_recipe
 from hf_longctx.recipe import Recipe, dump_recipe, read_recipe
+from hf_longctx.reporting import check_results
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"

@@ -11,6 +11,14 @@ from hf_longctx.schema import format_size
 _COLOURS = ("#3b6fb6", "#c4572e", "#4f9b58", "#8a5fb0", "#b3892b", "#5b8c94")
 
 
+def check_results(folders: Sequence[str | Path]) -> list[Path]:
+    """The folders as paths. Raises ValueError for one without results.json."""
+    for folder in map(Path, folders):
+        if not (folder / "results.json").is_file():
+            raise ValueError(f"{folder} holds no finished evaluation: there is no results.json in it; `longctx eval ... --out {folder}` writes it")
+    return [Path(folder) for folder in folders]
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A header and a line for each (model, task, metric), a column a length; depths are left to the pictures."""
     overall = [row for row in rows if row["depth"] is None]
@@ -19,11 +27,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     shares = {row["task"] for row in rows if row["metric"] == "accuracy"}
     for key in dict.fromkeys((row["model"], row["task"], row["metric"]) for row in overall):
         found = {row["length"]: row for row in overall if (row["model"], row["task"], row["metric"]) == key}
-        lines.append([*key, *(_cell(found.get(length), key[1] in shares) for length in lengths)])
+        lines.append([*key, *(cell_text(found.get(length), key[1] in shares) for length in lengths)])
     return lines
 
 
-def _cell(row: Mapping[str, Any] | None, share: bool) -> str:
+def cell_text(row: Mapping[str, Any] | None, share: bool) -> str:
     """`value [low, high]`, without the interval where there is none; changes in percent, those of shares in points."""
     if row is None:
         return ""

@@ -6,7 +6,7 @@ a model said about them into results. Both steps work without a model.
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -169,25 +169,41 @@ def hide(tokenizer: Any, parts: Sequence[np.ndarray], filler: np.ndarray, length
     Raises:
         ValueError: the parts alone are longer than `length`.
     """
-    first = opening(tokenizer)
     head, needle, tail = parts
-    room = length - len(first) - sum(map(len, parts))
+    return hide_several(tokenizer, (head, tail), [(depth, needle)], filler, length)
+
+
+def hide_several(
+    tokenizer: Any, ends: tuple[np.ndarray, np.ndarray], needles: Sequence[tuple[float, np.ndarray]], filler: np.ndarray, length: int
+) -> np.ndarray:
+    """As `hide` for several needles, each at its own depth of the filler.
+
+    Args:
+        ends: head and tail.
+        needles: depth and tokens of each; those of one depth keep their order.
+    """
+    first, (head, tail) = opening(tokenizer), ends
+    room = length - sum(map(len, [first, head, tail])) - sum(len(needle) for _, needle in needles)
     if room < 0:
         raise ValueError(f"a prompt of {length} tokens is too short: the task itself takes {length - room}")
     if room > len(filler):
         raise ValueError(f"the haystack has {len(filler)} tokens, but {length} need {room}; give --data with longer documents")
-    before = round(depth * room)
-    return np.concatenate([first, head, filler[:before], needle, filler[before:room], tail])
+    pieces, before = [first, head], 0
+    for depth, needle in sorted(needles, key=lambda needle: needle[0]):
+        cut = round(depth * room)
+        pieces += [filler[before:cut], needle]
+        before = cut
+    return np.concatenate([*pieces, filler[before:room], tail])
 
 
-def exact_match(cell: Cell, output: Scored, tokenizer: Any) -> bool:
-    """Greedy decoding would give exactly the answer, and no further digit after it."""
+def exact_match(cell: Cell, output: Scored, tokenizer: Any, prolongs: Callable[[str], bool] = str.isdigit) -> bool:
+    """Greedy decoding would give exactly the answer, and after it no character that would prolong it: by default, a digit."""
     answer = cell.targets.tolist()
     best = output.best.tolist()
     if best[: len(answer)] != answer:
         return False
     key, more = tokenizer.decode(answer), tokenizer.decode(best[: len(answer) + 1])
-    return not more[len(key) :][:1].isdigit()
+    return not prolongs(more[len(key) :][:1])
 
 
 def accuracy(cells: Sequence[Cell], hits: Sequence[bool]) -> list[Result]:

@@ -152,6 +152,7 @@ OPTIONS = {
     "merge": "ADAPTER_DIR --out --base --overwrite",
     "push": "DIR REPO_ID --private --revision --create-pr --base --results",
     "eval": "MODEL --lengths --out --task -m --method --data --baseline --revision --base --device --dtype --seed --batch-size",
+    "report": "DIR... --out --overwrite",
     "demo": "--out",
     "schema": "",
 }

@@ -201,7 +201,7 @@ LAYERS = {
     "planning": {"checkpoint", "probe", "lora", "data", "patching", "integration", "recipe", "task", "method", "schema", "files"},
     "callbacks": {"planning"},
     "card": {"checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
-    "hub": {"card", "checkpoint", "recipe", "files", "__version__"},
+    "hub": {"card", "checkpoint", "reporting", "recipe", "files", "__version__"},
 }
 
 

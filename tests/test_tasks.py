@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_longctx.evals import niah_single_2, passkey
+from hf_longctx.evals import _haystack, passkey
 from hf_longctx.evaluation import score_cells
 from hf_longctx.task import Cell, Scored, Task, encode, exact_match, load_task, opening, task_names
 from tests.conftest import byte_tokenizer, tiny_model
@@ -31,7 +31,7 @@ def merging_tokenizer():
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     rng = np.random.default_rng(0)
-    lines = [f"is {n}{rng.integers(10000)}" for n in range(1, 100) for _ in range(20)] + [passkey.GARBAGE, niah_single_2.HEAD, passkey.HEAD] * 5
+    lines = [f"is {n}{rng.integers(10000)}" for n in range(1, 100) for _ in range(20)] + [passkey.GARBAGE, _haystack.HEAD.format(kind="number"), passkey.HEAD] * 5
     raw.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False)
 
@@ -52,7 +52,10 @@ def same(a: Cell, b: Cell) -> bool:
 
 @pytest.mark.floor
 def test_every_task_survives_a_round_trip():
-    assert task_names() == ["niah_single_2", "passkey", "perplexity", "tail_perplexity"]
+    assert task_names() == [
+        "kv_retrieval", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_single_1", "niah_single_2", "niah_single_3",
+        "passkey", "perplexity", "tail_perplexity", "vt",
+    ]  # fmt: skip
     for name in task_names():
         for task in (load_task(name), load_task(name).for_lengths([64, 256])):
             assert load_task(task.to_dict()) == task
@@ -69,7 +72,7 @@ def test_every_task_survives_a_round_trip():
         ({"name": "passkey", "depth": 3}, r"passkey: unknown key 'depth'; did you mean 'depths'\?"),
         ({"name": "passkey", "n": 0}, "passkey: n: .*greater than 0, got 0"),
         ({"name": "perplexity", "stride": "many"}, "perplexity: stride: expected a number of tokens"),
-        ({"n": 3}, "a task needs a name, got {'n': 3}; there is: niah_single_2, passkey"),
+        ({"n": 3}, "a task needs a name, got {'n': 3}; there is: kv_retrieval, niah_multikey_1, .*, passkey, perplexity"),
     ],
 )
 def test_what_is_refused_names_the_nearest(spec, message):
@@ -85,12 +88,12 @@ def test_options_are_read_as_written():
 @pytest.mark.parametrize("name", task_names())
 def test_cells_depend_on_tokenizer_documents_length_and_seed_alone(name):
     task = load_task(name)
-    first = task.cells(BYTES, [prose()], 600, seed=0)
+    first = task.cells(BYTES, [prose()], 1500, seed=0)
     np.random.seed(5)
-    assert all(map(same, first, task.cells(BYTES, [prose()], 600, seed=0)))
+    assert all(map(same, first, task.cells(BYTES, [prose()], 1500, seed=0)))
     if not task.needs_text or name.startswith("niah"):
-        assert not all(map(same, first, task.cells(BYTES, [prose()], 600, seed=1)))
-        assert len({cell.ids[cell.start :].tobytes() for cell in first}) > 100  # another key every time
+        assert not all(map(same, first, task.cells(BYTES, [prose()], 1500, seed=1)))
+        assert len({cell.ids[cell.start :].tobytes() for cell in first}) > 99  # another key every time
 
 
 # --- retrieval
