@@ -98,13 +98,17 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+def write_tokens(folder: Path, documents: int, length: int) -> Path:
+    """An .npz file of documents of `length` tokens that `base` knows, with something to learn in them."""
+    rng = np.random.default_rng(0)
+    np.savez(folder / "tokens.npz", *[np.cumsum(rng.integers(0, 3, length)) % 250 + 3 for _ in range(documents)])
+    return folder / "tokens.npz"
+
+
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory) -> Path:
-    """An .npz file of twelve documents of 200 tokens that `base` knows, with something to learn in them."""
-    path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, *[np.cumsum(rng.integers(0, 3, 200)) % 250 + 3 for _ in range(12)])
-    return path
+    """Twelve documents of 200 tokens."""
+    return write_tokens(tmp_path_factory.mktemp("tokens"), 12, 200)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from hf_longctx import planning, training
 from hf_longctx.cuda_graph import RecordedStep
 from hf_longctx.integration.attention import FULL_ROWS, expect_full_rows
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import FAMILIES, tiny_model, write_tokens
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -139,3 +139,27 @@ def test_finetune_with_a_recording_learns_what_it_learns_without(recipe, tmp_pat
     recorded = run("recorded")
     monkeypatch.setattr(training, "_recordable", lambda *args: False)
     torch.testing.assert_close(torch.tensor(recorded), torch.tensor(run("run")), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recorded"),
+    [
+        ({}, True),
+        ({"methods": [{"name": "longrope", "factor": 4, "long_factor": [1.5] * 8}, {"name": "pose"}]}, False),  # looks at positions
+        ({"lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}}, False),
+        ({"train": {"gradient_checkpointing": True}}, False),
+        ({"window": 48, "data": {"path": "short"}}, False),  # packed documents bring masks
+    ],
+    ids=["plain", "longrope", "dropout", "checkpointing", "packed"],
+)
+def test_only_steps_that_are_the_same_kernels_every_time_are_recorded(changes, recorded, recipe, tmp_path, monkeypatch):
+    changes = dict(changes)
+    if "data" in changes:
+        changes["data"] = {"path": str(write_tokens(tmp_path, 12, 20))}
+    if "train" in changes:
+        changes["train"] = recipe["train"] | changes["train"]
+    what = planning.plan(planning.as_recipe(recipe | changes))
+    model, _ = training._build_model(what)
+    arguments = training._arguments(what.recipe, tmp_path / "out")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training._recordable(what, model, arguments) is recorded

@@ -16,7 +16,7 @@ from hf_longctx.evaluation import COLUMNS, built_in_source, evaluate, score_cell
 from hf_longctx.recipe import DataSource
 from hf_longctx.stats import bootstrap
 from hf_longctx.task import Cell, Scored, exact_match, load_task
-from tests.conftest import byte_tokenizer, largest_tensor, tiny_model
+from tests.conftest import WINDOW, byte_tokenizer, largest_tensor, tiny_model, write_tokens
 
 PASSKEY = {"name": "passkey", "n": 2, "depths": 2}
 PPL = {"name": "perplexity", "stride": 16}
@@ -232,6 +232,7 @@ def test_run_json_describes_the_run(base, tokens, tmp_path):
     evaluate(base, [PPL], [64], out=tmp_path / "a", data=tokens)
     note = json.loads((tmp_path / "a/run.json").read_text())
     assert {"torch", "transformers", "peft", "hf_longctx", "python"} <= set(note["versions"])
+    assert set(note["trained_windows"].values()) == {WINDOW}
     assert note["machine"]
     assert note["arguments"]["tasks"] == [PPL | {"tokens": 64, "documents": 20}]
     assert note["arguments"]["data"]["path"] == str(tokens)
@@ -314,10 +315,7 @@ def stopping(after: int):
 
 @pytest.fixture(scope="session")
 def long_tokens(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("long") / "tokens.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, *[np.cumsum(rng.integers(0, 3, 500)) % 250 + 3 for _ in range(3)])
-    return path
+    return write_tokens(tmp_path_factory.mktemp("long"), 3, 500)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The block loss: equal to cross entropy on full logits, never holding them, refused where a family changes its logits."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,3 +215,26 @@ def test_a_teacher_is_mixed_in_as_the_dense_formula_says():
     wanted.backward()
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(mine, (hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(1, 16), (16, 16), (17, 16), (32752, 1365)])
+def test_blocks_have_at_most_two_sizes(tokens, most):
+    """Each size is compiled by itself."""
+    bounds = L._bounds(tokens, most)
+    sizes = {end - start for start, end in itertools.pairwise(bounds)}
+    assert bounds[0] == 0
+    assert bounds[-1] == tokens
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_compiled_blocks_give_the_same(monkeypatch):
+    called = []
+    compiled = torch.compile(L._block_loss, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr(L, "_compiled_block_loss", lambda: lambda *args: called.append(1) or compiled(*args))
+    hidden, weight, labels = case()
+    wanted = with_gradients(summed_loss, *case())
+    got = with_gradients(lambda *args: summed_loss(*args, compiled=True), hidden, weight, labels)
+    assert called
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
