@@ -159,28 +159,18 @@ def question_and_answer(tokenizer: Any, question: str, answer: str) -> tuple[np.
     return whole, len(whole) - same
 
 
-def hide(tokenizer: Any, parts: Sequence[np.ndarray], filler: np.ndarray, length: int, depth: float) -> np.ndarray:
-    """`head + filler + needle + filler + tail`, exactly `length` tokens, the needle at `depth` of the filler.
-
-    Args:
-        parts: head, needle, tail.
-        filler: at least as many tokens as will be needed.
-
-    Raises:
-        ValueError: the parts alone are longer than `length`.
-    """
-    head, needle, tail = parts
-    return hide_several(tokenizer, (head, tail), [(depth, needle)], filler, length)
-
-
 def hide_several(
     tokenizer: Any, ends: tuple[np.ndarray, np.ndarray], needles: Sequence[tuple[float, np.ndarray]], filler: np.ndarray, length: int
 ) -> np.ndarray:
-    """As `hide` for several needles, each at its own depth of the filler.
+    """`head + filler + needle + filler ... + tail`, exactly `length` tokens, each needle at its own depth of the filler.
 
     Args:
         ends: head and tail.
         needles: depth and tokens of each; those of one depth keep their order.
+        filler: at least as many tokens as will be needed.
+
+    Raises:
+        ValueError: head, needles and tail alone are longer than `length`, or the filler is too short.
     """
     first, (head, tail) = opening(tokenizer), ends
     room = length - sum(map(len, [first, head, tail])) - sum(len(needle) for _, needle in needles)

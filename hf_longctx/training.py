@@ -91,7 +91,7 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     bf16 = cuda and torch.cuda.is_bf16_supported() and not recipe.train.get("fp16")
     defaults: dict[str, Any] = {
         "bf16": bf16, "logging_steps": 10, "save_total_limit": 2, "dataloader_num_workers": 2 if cuda else 0, "dataloader_pin_memory": cuda,
-        "report_to": "none",
+        "report_to": "none", "ddp_find_unused_parameters": False,  # every parameter that is trained is used in every step
         "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a loss that is not a number
     }  # fmt: skip
     ours = {

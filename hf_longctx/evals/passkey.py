@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveInt
 
-from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, hide, question_and_answer
+from hf_longctx.evals._haystack import hide_between
+from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, question_and_answer
 
 HEAD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -23,7 +24,8 @@ class Passkey(Task):
     """A five-digit key between repetitions of one paragraph; correct if greedy decoding gives exactly the key.
 
     Every prompt has exactly the length asked for, answer included. Keys are uniform on 10000...99999 (published scripts draw
-    1...50000; five digits keep the length exact)."""
+    1...50000; five digits keep the length exact). The needle stands between whole paragraphs (published scripts cut the filler
+    anywhere, in the middle of words too; where they happen to cut then decides about a small model at the last depth)."""
 
     source = "arXiv:2305.16300"
     needs_text = False
@@ -32,14 +34,15 @@ class Passkey(Task):
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
         rng = np.random.default_rng([seed, length])
-        unit = encode(tokenizer, GARBAGE)
-        filler = np.tile(unit, length // len(unit) + 1)
+        paragraph = encode(tokenizer, GARBAGE)
+        filler = [paragraph] * (length // len(paragraph) + 1)
         found = []
         for depth in np.linspace(0, 1, self.depths):
             for _ in range(self.n):
                 key = rng.integers(10000, 100000)
                 tail, size = question_and_answer(tokenizer, QUESTION, f" {key}")
-                ids = hide(tokenizer, (encode(tokenizer, HEAD), encode(tokenizer, NEEDLE.format(key=key)), tail), filler, length, float(depth))
+                needle = encode(tokenizer, NEEDLE.format(key=key))
+                ids = hide_between(tokenizer, (encode(tokenizer, HEAD), tail), [(float(depth), needle)], filler, length)
                 found.append(Cell(ids, len(ids) - size, len(ids) + 1, float(depth)))
         return found
 
