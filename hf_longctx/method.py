@@ -19,8 +19,9 @@ from hf_longctx.schema import STRICT_KEYS, build, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
-SLOTS = ("rope", "positions")
+SLOTS = ("rope", "bias", "attention", "embedding", "positions")
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,37 @@ class Method:
 
     __pydantic_config__: ClassVar[Any] = STRICT_KEYS
     paper: ClassVar[str] = ""
+    packs: ClassVar[bool] = True  # False: it sums over all keys of a row, so documents must not share one
     static: ClassVar[bool] = True  # False: frequencies depend on the length seen, so skipped positions would change them
 
     def rope(self, shape: Shape) -> RopeChange:
         """The rotary frequencies to use in place of `shape.trained`."""
+        raise NotImplementedError
+
+    def bias(self, shape: Shape) -> "nn.Module":
+        """What is added to attention logits: `module(head, q_pos, k_pos)`, broadcasting integer tensors to float32.
+
+        Pointwise operations only, so that kernels can fuse it; finite wherever `k_pos <= q_pos`. See `hf_longctx.modules.Bias`.
+        """
+        raise NotImplementedError
+
+    def converges(self, shape: Shape) -> bool:
+        """For a bias: whether sum over d of exp(b(d)) is finite, without which far tokens together outweigh near ones in the end."""
+        return True
+
+    def attention(self, shape: Shape) -> "nn.Module":
+        """What rescales queries and keys after RoPE and cache: `module(q, k, q_pos, q_index, k_valid) -> (q, k)`.
+
+        q [batch, heads, queries, head_dim], k [batch, kv_heads, keys, head_dim]; `q_pos` [batch, queries] positions, `q_index`
+        [batch, queries] how many keys each query sees, itself included; `k_valid` [batch, keys] False at padding, or None.
+        """
+        raise NotImplementedError
+
+    def embedding(self, shape: Shape) -> "nn.Module":
+        """What is added to token embeddings: `module(embeds, positions) -> embeds`, [batch, tokens, hidden] and [batch, tokens].
+
+        On a pretrained model its gain starts at zero, so that nothing changes before training.
+        """
         raise NotImplementedError
 
     def positions(
