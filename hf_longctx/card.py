@@ -209,7 +209,8 @@ def _loading(facts: Mapping[str, Any], repo_id: str, revision: str | None) -> st
     if facts["kind"] == "adapter":
         lines = ["import hf_longctx  # pip install hf-longctx", "", f"model, tokenizer = hf_longctx.load({place})  # base, patch and adapter"]
     else:
-        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        plugin = ["import hf_longctx  # pip install hf-longctx; knows this model_type"] if facts["needs_plugin"] else []
+        lines = [*plugin, "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         lines += [f"{key} = {auto}.from_pretrained({place})" for key, auto in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))]
     return "\n".join(["## How to load it", "", "```python", *lines, "```", "", f"Read by: {', '.join(facts['loads_with'])}."])
 

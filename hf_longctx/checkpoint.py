@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,9 +25,10 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from hf_longctx import __version__, files
-from hf_longctx.integration import rope
+from hf_longctx.integration import auto, rope
+from hf_longctx.integration.configs import family, is_ours
 from hf_longctx.method import Method, load_methods, method_names
-from hf_longctx.patching import patch_config, patch_model, prove_config, window_of
+from hf_longctx.patching import patch_config, patch_model, prove_config, prove_model, window_of
 
 logger = logging.getLogger(__name__)
 Specs = Sequence[Method | str | Mapping[str, Any]] | Method | str | Mapping[str, Any]
@@ -78,6 +80,9 @@ def patch(
     if (source / files.ADAPTER).exists():
         raise ValueError(f"{model} is an adapter; merge it first (`longctx merge`), then patch the result")
     config = AutoConfig.from_pretrained(source)
+    learned = method_tensors(source) if is_ours(config) else []
+    if learned:
+        raise ValueError(f"{model} holds what its methods learned ({learned[0]}, ...), which another patch would mix up; patch the model that it was made from")
     change, others = patch_config(config, chosen)
     with files.new_folder(out, overwrite) as folder:
         for path in [*files.companions(source), *weight_files(source)]:
@@ -94,11 +99,21 @@ def finish_folder(folder: Path, config: PretrainedConfig, others: Mapping[str, A
     for stale in ("rope_scaling", "rope_parameters", "original_max_position_embeddings"):
         keys.pop(stale, None)
     keys |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings, **others}
+    keys |= {"model_type": config.model_type, "architectures": config.architectures}
     if getattr(config, "longctx", None):
         keys["longctx"] = config.longctx
     keys |= rope.legacy_keys(config)
     files.write_json(folder / "config.json", {key: value for key, value in keys.items() if key != "rope_scaling" or value is not None})
     files.set_tokenizer_limit(folder, window_of(config))
+
+
+def method_tensors(folder: Path) -> list[str]:
+    """Names of the tensors in a checkpoint that belong to methods."""
+    names: list[str] = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            names += [name for name in opened.keys() if name.startswith("longctx_")]  # noqa: SIM118
+    return sorted(names)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -150,7 +165,9 @@ def load(
     if quantization_config is None:  # quantised weights are made where they stay
         loaded = loaded.to(target)  # type: ignore[arg-type]
     if change is not None:
-        rope.prove(rope.rotary_of(loaded), change, rope.layer_type(config))
+        prove_model(loaded, change)
+    elif is_ours(config):
+        auto.prove(loaded)
     return Loaded(loaded.eval(), load_tokenizer(folder, window_of(config)))
 
 
@@ -238,6 +255,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     at least that precision; different for another checkpoint of the same shape."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if name.startswith("longctx_"):  # a method's own; the base has none
+            continue
         flat = parameter.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), dtype=torch.float64).round().long()
         values = flat[index.to(flat.device)].to(torch.bfloat16).float().cpu()
@@ -313,7 +332,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> dict[str
 
 def _describe(config: PretrainedConfig, kind: str) -> dict[str, Any]:
     memory = getattr(config, "longctx", None) or {}
-    facts: dict[str, Any] = {"kind": kind, "family": config.model_type, "methods": memory.get("methods", [])}
+    facts: dict[str, Any] = {"kind": kind, "family": family(config), "needs_plugin": is_ours(config), "methods": memory.get("methods", [])}
     try:
         shape = rope.read_shape(config)
     except ValueError as error:
@@ -326,6 +345,8 @@ def _describe(config: PretrainedConfig, kind: str) -> dict[str, Any]:
 
 def _readers(config: PretrainedConfig) -> list[str]:
     """Runtimes that read the same frequencies from this configuration; rules and sources: see the README."""
+    if is_ours(config):
+        return ["transformers>=5 with hf_longctx imported"]
     parameters = getattr(config, "rope_parameters", None) or {}
     flat = parameters.get("full_attention", parameters)
     kind = flat.get("rope_type", "default")

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longctx.integration import rope
+from hf_longctx.integration import auto, rope
 
 
 class Teacher:
-    """The base model of an adapter, inside the model that is trained: adapter off, trained RoPE, positions 0, 1, 2, ...
+    """The base model of an adapter, inside the model that is trained: adapter and methods off, trained RoPE, positions 0, 1, 2, ...
 
     No second copy of the weights is held. Source: LongReD (Dong et al. 2025, arXiv 2502.07365), section 3.3.
 
     Args:
-        model: a PEFT model whose base was patched by RoPE methods.
+        model: a PEFT model whose base was patched by methods other than embeddings.
     """
 
     def __init__(self, model: Any):
@@ -27,7 +27,7 @@ class Teacher:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states [batch, window, width], without gradients."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        with torch.no_grad(), self.model.disable_adapter(), self._trained_rope():
+        with torch.no_grad(), self.model.disable_adapter(), auto.switched_off(self.base), self._trained_rope():
             return self.base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)[0]
 
     @contextmanager

@@ -9,7 +9,11 @@ from hf_longctx.recipe import Recipe
 
 
 def add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
-    """The model with the adapter that a recipe asks for. Raises ValueError for what PEFT refuses."""
+    """The model with the adapter that a recipe asks for; what methods learn is trained and saved with it.
+
+    Raises:
+        ValueError: what PEFT refuses.
+    """
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
     if is_quantised(model):
@@ -25,6 +29,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     if "embeddings" in recipe.also_train:
         also += [name.rpartition(".")[2] for name, module in model.named_modules() if module is model.get_input_embeddings()]
         keys.setdefault("ensure_weight_tying", bool(model.config.tie_word_embeddings))
+    also += [name for name, module in model.named_children() if name.startswith("longctx_") and list(module.parameters())]
     try:
         return get_peft_model(model, LoraConfig(**keys, modules_to_save=also or None))
     except (TypeError, ValueError) as error:

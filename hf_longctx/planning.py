@@ -1,7 +1,7 @@
 """A training run before it runs: everything that a recipe decides without weights, and what to expect of it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -68,6 +68,9 @@ def plan(recipe: Recipe, weights: bool = True) -> Plan:
     patch_config(config, model_side)
     if recipe.distill and recipe.window > rope.trained_window(config):
         raise ValueError(f"distill: the base knows {rope.trained_window(config)} tokens, so it cannot teach a window of {recipe.window}")
+    embedding = in_slot(chosen, "embedding")
+    if recipe.distill and embedding is not None:
+        raise ValueError(f"distill: {embedding.name} adds to the token embeddings, where the teacher would read its tokens; leave one of the two out")
     sampler = fit_sampler(in_slot(chosen, "positions") or method("plain"), recipe.window, config)
     begins = opening(tokenizer)
     first = int(begins[0]) if len(begins) else None
@@ -76,7 +79,7 @@ def plan(recipe: Recipe, weights: bool = True) -> Plan:
         for number, source in enumerate(recipe.data)
     )
     for source, windows in zip(recipe.data, sources, strict=True):
-        _check_windows(source, windows, config)
+        _check_windows(source, windows, config, model_side)
     if recipe.eval is not None and recipe.eval.data is not None:
         check_source(DataSource(recipe.eval.data))
     probed = make_cells(recipe.probe, tokenizer, config, recipe.seed) if recipe.probe is not None else ()
@@ -84,7 +87,7 @@ def plan(recipe: Recipe, weights: bool = True) -> Plan:
     return Plan(recipe, model_side, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch), probed)
 
 
-def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfig) -> None:
+def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfig, methods: Sequence[Method]) -> None:
     """Raises ValueError if a source has no example, or one that the model cannot read rightly."""
     if len(windows) == 0:
         longest = int(max(windows.documents.lengths, default=0))
@@ -97,6 +100,9 @@ def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfi
     if windows.packs and slides and reach < windows.window:
         reason = f"whose layers slide over {reach} tokens"
         raise ValueError(f"{source.path}: documents cannot be packed for {config.model_type}, {reason}; set short: drop")
+    for item in methods:
+        if windows.packs and not item.packs:
+            raise ValueError(f"{source.path}: documents cannot be packed with {item.name}, which sums over all keys of a row; set short: drop")
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

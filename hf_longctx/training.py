@@ -24,6 +24,7 @@ from hf_longctx.data import collate
 from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
 from hf_longctx.integration.attention import expect_full_rows
+from hf_longctx.integration.configs import is_ours
 from hf_longctx.lora import add_lora, base_model, is_quantised
 from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.planning import Plan, as_recipe, plan
@@ -200,7 +201,8 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
     if blocks:
         check_block_loss(model)
     full_rows = expect_full_rows(base_model(model))
-    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50 and not is_quantised(base_model(model)))
+    special = is_quantised(base_model(model)) or is_ours(what.config)  # a bias is added block by block, in a loop that compiles badly
+    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50 and not special)
     if compiled:
         compile_layers(model)
     recorded = compiled and blocks and full_rows and _recordable(what, model, arguments)

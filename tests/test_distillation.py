@@ -30,6 +30,24 @@ def test_the_teacher_is_the_base_and_leaves_the_student_as_it_was(family):
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("methods", [[{"name": "yarn", "factor": 4}, {"name": "mkl_alibi"}], [{"name": "nope", "target": 128}, {"name": "t5", "init": "normal"}, {"name": "ssmax", "init": 1}]])
+@pytest.mark.filterwarnings("ignore:the sum of exp")
+def test_the_teacher_has_no_bias_and_no_scaling(methods):
+    base = tiny_model()
+    wanted = hidden(base)
+    patch(base, methods)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    student = hidden(model.get_base_model())
+    assert (student - wanted).abs().max() > 1e-2
+    torch.testing.assert_close(Teacher(model)(IDS, MASK), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(hidden(model.get_base_model()), student)
+
+
+def test_a_teacher_cannot_stand_beside_a_position_embedding(recipe):
+    with pytest.raises(ValueError, match=r"^distill: sinusoidal adds to the token embeddings"):
+        planning.plan(planning.as_recipe(recipe | {"methods": [{"name": "sinusoidal"}], "distill": 0.5}))
+
+
 def test_the_teacher_reads_with_its_own_embeddings():
     base = tiny_model(tie_word_embeddings=True)
     wanted = hidden(base)

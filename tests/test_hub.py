@@ -347,3 +347,45 @@ def test_trainer_options_as_arguments_of_push(recipe, tmp_path):
     assert trainer_options(parse_recipe(recipe), tmp_path / "out") == {}
     recipe["train"] |= {"push_to_hub": True, "hub_strategy": "end"}
     assert trainer_options(parse_recipe(recipe), tmp_path / "out") == {"repo_id": "out", "private": False, "revision": None}
+
+
+BIAS = [{"name": "nope", "target": 128}, {"name": "mkl_alibi", "preset": "mep_learned"}]
+ROPE = [{"name": "yarn", "factor": 4}, {"name": "pose"}]
+
+
+@pytest.mark.parametrize(("methods", "flags"), [(ROPE, ["-m", "yarn:factor=4"]), (BIAS, ["-m", "nope:target=128", "-m", "mkl_alibi:preset=mep_learned"])])
+def test_from_a_hub_id_to_a_hub_id(hub, client, recipe, tmp_path, methods, flags):
+    """The README's commands in their order, from one repository to another: patch, finetune, merge, eval, push, load."""
+    own = f"tester/{methods[-1]['name']}"
+    recipe |= {"model": {"name": "tester/base"}, "methods": methods}
+    recipe["train"]["max_steps"] = 2
+    dump_recipe(parse_recipe(recipe), tmp_path / "recipe.yaml")
+    patched, adapter, merged, results = (tmp_path / name for name in ("patched", "adapter", "merged", "results"))
+    for words in (
+        ["inspect", "tester/base"],
+        ["patch", "tester/base", *flags, "--out", patched],
+        ["finetune", tmp_path / "recipe.yaml", "--out", adapter],
+        ["merge", adapter, "--out", merged],
+        ["eval", merged, "--baseline", "tester/base", "--lengths", "320", "--task", "passkey:n=1,depths=2", "--task", "perplexity", "--out", results],
+        ["push", merged, own, "--base", "tester/base", "--results", results],
+        ["push", adapter, f"{own}-lora"],
+    ):
+        done = client(*words)
+        assert done.status == 0, done
+    card = hub.files(own)["README.md"].decode()
+    assert "base_model: tester/base" in card
+    assert methods[-2 if methods is ROPE else -1]["name"] in card
+    assert ("import hf_longctx" in loading_lines(hub.files(own)["README.md"])) == (methods is BIAS)
+    load = """
+import torch, hf_longctx
+from transformers import AutoModelForCausalLM
+ids = torch.arange(5, 105)[None]
+with torch.no_grad():
+    logits = [model(ids, use_cache=False).logits for model in (
+        AutoModelForCausalLM.from_pretrained("OWN", dtype=torch.float32), hf_longctx.load("OWN-lora", device="cpu").model,
+        hf_longctx.load("MERGED", device="cpu").model)]
+assert max((logits[0] - other).abs().max() for other in logits[1:]) < 1e-4
+assert logits[0].isfinite().all()
+"""
+    done = client("python", load.replace("OWN", own).replace("MERGED", str(merged)))
+    assert done.status == 0, done

@@ -31,7 +31,7 @@ def one_line(call, *parts):
     ("spec", "parts"),
     [
         ({"name": "yarm"}, ["unknown method 'yarm'", "did you mean 'yarn'?"]),
-        ({"name": "quantum"}, ["unknown method 'quantum'", "there is: cream, dynamic_ntk,"]),
+        ({"name": "quantum"}, ["unknown method 'quantum'", "there is: alibi, cream, dynamic_ntk,"]),
         ("_private", ["unknown method '_private'"]),
         ("../method", ["unknown method '../method'"]),
         ({"factor": 8}, ["a method needs a name", "{'factor': 8}", "yarn"]),
@@ -192,8 +192,10 @@ LAYERS = {
     "schema": set(),
     "files": set(),
     "method": {"schema", "methods"},
-    "methods": {"method", "schema"},
-    "integration": {"method"},
+    "on_import": set(),
+    "modules": set(),
+    "methods": {"method", "modules", "schema"},
+    "integration": {"method", "modules"},
     "patching": {"integration", "method", "schema", "__version__"},
     "checkpoint": {"patching", "integration", "method", "schema", "files", "__version__"},
     "lora": {"recipe"},
@@ -219,7 +221,7 @@ def ours(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_imports_point_one_way(layer):
-    """Design, section 1: ... checkpoint -> patching -> integration -> method <- methods/*."""
+    """Design, section 1: ... checkpoint -> patching -> integration -> method, modules <- methods/*."""
     for path in [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else (PACKAGE / layer).glob("*.py"):
         assert ours(path) - {layer} <= LAYERS[layer], path.name
 

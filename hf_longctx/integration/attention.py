@@ -1,13 +1,26 @@
-"""Attention through Transformers' AttentionInterface and AttentionMaskInterface."""
+"""Attention through Transformers' AttentionInterface and AttentionMaskInterface: the bias and attention slots.
 
+A forward pre-hook on the decoder works out where the tokens of a pass stand (`locate`) and hands it down as the keyword
+`longctx`, which Transformers passes on to the attention function of every layer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_longctx.modules import PerLayer
+
 FULL_ROWS = "sdpa_full_rows"
+LONGCTX = "longctx_sdpa"
+BLOCK = 2**24  # logits that are held at once where a bias is added to them
 
 
 def mask_of_full_rows(*, q_length: int, kv_length: int, local_size: int | None = None, allow_is_causal_skip: bool = True, **rest: Any) -> Tensor | None:
@@ -21,13 +34,128 @@ def mask_of_full_rows(*, q_length: int, kv_length: int, local_size: int | None =
     return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **rest)
 
 
-AttentionInterface.register(FULL_ROWS, sdpa_attention_forward)
-AttentionMaskInterface.register(FULL_ROWS, mask_of_full_rows)
-
-
 def expect_full_rows(model: PreTrainedModel) -> bool:
     """Promise that every 2-D attention mask is all ones; 4-D ones are read as they are. True if the model uses SDPA and took it."""
     if model.config._attn_implementation != "sdpa":
         return False
     model.set_attn_implementation(FULL_ROWS)
     return True
+
+
+@dataclass
+class Tokens:
+    """Where the queries and keys of one forward pass stand, and what a model's methods do with them.
+
+    Attributes:
+        q_pos, k_pos: positions, [batch or 1, queries] and [batch or 1, keys].
+        q_index: how many keys each query sees, itself included, [batch or 1, queries].
+        k_valid: False at padding and where a static cache is not filled yet, [batch or 1, keys]; None if every key counts.
+        bias, scaling: modules of the `bias` and the `attention` slot.
+        layers: which layers they belong to.
+        seen: layers that asked, in order.
+    """
+
+    q_pos: Tensor
+    k_pos: Tensor
+    q_index: Tensor
+    k_valid: Tensor | None
+    bias: PerLayer | None = None
+    scaling: PerLayer | None = None
+    layers: frozenset[int] = frozenset()
+    seen: list[int] = field(default_factory=list)
+
+
+def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | None, cache: Any, layer: int) -> Tokens:
+    """Read positions and visible keys off the arguments of a decoder.
+
+    Without cached keys, keys stand where queries do, skips included. With them, positions are taken to be consecutive, padding left
+    out: a cache does not remember positions, and `generate` counts on.
+
+    Args:
+        mask: 2-D, 4-D (bool, or float with 0 where a key is seen), a dictionary of such by layer type, or None.
+        cache: the `past_key_values` of the call, or None.
+        layer: a layer with full attention; sliding ones cut their keys.
+    """
+    start = cache.get_query_offset(layer) if cache is not None else 0
+    keys, first = cache.get_mask_sizes(length, layer) if cache is not None else (length, 0)
+    index = torch.arange(keys, device=device) + first
+    queries = torch.arange(length, device=device) + start
+    q_pos = queries[None] if position_ids is None else position_ids
+    fresh = keys == length  # nothing cached, nothing allocated ahead
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None:
+        q_index, k_valid = queries[None] + 1, (index < start + length)[None]
+    elif mask.dim() == 4:
+        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        q_index, k_valid = visible.sum(-1), visible.any(-2)
+    else:
+        k_valid = pad(mask.bool(), (0, max(0, keys - mask.shape[1])))[:, :keys]
+        q_index = k_valid.cumsum(-1)[:, queries - first]
+    if fresh:
+        return Tokens(q_pos, q_pos, q_index, None if mask is None else k_valid)
+    # A query that is no padding tells where the keys before it stand; `generate` gives padding any position.
+    ahead = (q_pos - queries).where(k_valid[:, queries - first], 2**31).amin(-1, keepdim=True)
+    return Tokens(q_pos, index[None] + ahead, q_index, k_valid)
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    longctx: Tokens | None = None, **rest: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention with the methods of a model's `bias` and `attention` slots.
+
+    query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, keys, head_dim]; returns [batch, queries, heads, head_dim].
+    """
+    if longctx is None:
+        raise RuntimeError(f"{type(module).__name__} was called without the keyword longctx, so its bias and scaling would be lost; call the model, not its layers")
+    layer = module.layer_idx
+    longctx.seen.append(layer)
+    if layer in longctx.layers and longctx.scaling is not None:
+        query, key = longctx.scaling.of(layer)(query, key, longctx.q_pos, longctx.q_index, longctx.k_valid)
+    if layer not in longctx.layers or longctx.bias is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
+    if rest.get("softcap") is not None:
+        raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
+    groups = query.shape[1] // key.shape[1]
+    blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, longctx.bias.of(layer))
+    return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
+
+
+def _biased_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float, tokens: Tokens, bias: Any
+) -> Iterator[Tensor]:
+    """[batch, heads, some queries, head_dim] after another, so that no heads x queries x keys table is ever there, backward neither."""
+    batch, heads, length, _ = query.shape
+    if mask is None and length > 1:  # causal from the upper left, as SDPA's own is_causal; a static cache may hold more than it is filled
+        key, value = key[:, :, :length], value[:, :, :length]
+    size = max(1, BLOCK // (batch * heads * key.shape[2]))
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        seen = end if mask is None and length > 1 else key.shape[2]
+        part = (query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], None if mask is None else mask[:, :, begin:end, :seen])
+        where = (tokens.q_pos[:, begin:end], tokens.k_pos[:, :seen], begin if length > 1 else seen)
+        if torch.is_grad_enabled() and size < length:
+            yield checkpoint(_biased, *part, *where, bias, scaling, dropout, use_reentrant=False)
+        else:
+            yield _biased(*part, *where, bias, scaling, dropout)
+
+
+def _biased(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, first: int, bias: Any, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attention of the queries from index `first` on; without a mask, to keys up to each of them."""
+    head = torch.arange(query.shape[1], device=query.device)[:, None, None]
+    logits = bias(head, q_pos[:, None, :, None], k_pos[:, None, None, :]).to(query.dtype)
+    if mask is None:
+        rows = torch.arange(query.shape[2], device=query.device) + first
+        mask = torch.arange(key.shape[2], device=query.device) <= rows[:, None]
+    # Not -inf: a row of padding that sees nothing would turn into NaN.
+    logits = torch.where(mask, logits, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    return scaled_dot_product_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling)
+
+
+AttentionInterface.register(FULL_ROWS, sdpa_attention_forward)
+AttentionMaskInterface.register(FULL_ROWS, mask_of_full_rows)
+AttentionInterface.register(LONGCTX, attend)
+AttentionMaskInterface.register(LONGCTX, sdpa_mask)

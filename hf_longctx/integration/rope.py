@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from hf_longctx.integration.configs import family
 from hf_longctx.method import Frequencies, RopeChange, Shape
 
 _SCALED_STATIC = {"linear", "llama3", "yarn"}  # trained types whose frequencies can be read once and scaled further
@@ -21,23 +22,23 @@ _ONLY_LONGROPE = {"phi3"}  # these configurations accept no other scaled type
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ValueError, naming the reason, unless the model rotates queries and keys by one position per token."""
-    family = config.model_type
+    name = family(config)
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        raise ValueError(f"{family} is a multimodal model; give the checkpoint of its text model")
+        raise ValueError(f"{name} is a multimodal model; give the checkpoint of its text model")
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or getattr(config, "alibi", False):
-        raise ValueError(f"{family} has no rotary position embedding, so there is no rope to change")
-    if family == "phimoe":
+        raise ValueError(f"{name} has no rotary position embedding, so there is no rope to change")
+    if name == "phimoe":
         raise ValueError("phimoe multiplies cos and sin by a long_mscale and a short_mscale of its own, which is not supported")
     if getattr(config, "kv_lora_rank", None) or getattr(config, "qk_rope_head_dim", None):
-        raise ValueError(f"{family} uses multi-head latent attention (MLA), whose decoupled RoPE is not supported")
+        raise ValueError(f"{name} uses multi-head latent attention (MLA), whose decoupled RoPE is not supported")
     extended = _entry(parameters, config)
     if "mrope_section" in extended or extended["rope_type"] == "axial":
-        raise ValueError(f"{family} uses a multi-axis RoPE ({'mrope_section' if 'mrope_section' in extended else 'axial'}), which is not supported")
+        raise ValueError(f"{name} uses a multi-axis RoPE ({'mrope_section' if 'mrope_section' in extended else 'axial'}), which is not supported")
     if trained_parameters(config).get("rope_type") not in {"default", *_SCALED_STATIC} and not _one_list(_entry(trained_rope(config), config)):
         kind = _entry(trained_rope(config), config)["rope_type"]
         why = "whose frequencies depend on the length" if kind in ("dynamic", "longrope") else "which we cannot read"
-        raise ValueError(f"{family} was trained with rope_type {kind!r}, {why}; it cannot be scaled further")
+        raise ValueError(f"{name} was trained with rope_type {kind!r}, {why}; it cannot be scaled further")
 
 
 def trained_rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -76,10 +77,16 @@ def read_shape(config: PretrainedConfig) -> Shape:
     else:
         trained = frequencies(rotary_module(_as_trained(config)), layer_type(config))
     return Shape(
-        family=config.model_type, hidden=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
+        family=family(config), hidden=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim, rotary_dim=rotary_dim,
         theta=theta, trained=trained, rope_type=parameters["rope_type"], window=trained_window(config),
     )  # fmt: skip
+
+
+def unchanged(config: PretrainedConfig, shape: Shape) -> RopeChange:
+    """The frequencies and the window that the model was trained with, for a patch without a rope method."""
+    native = {key: value for key, value in trained_parameters(config).items() if key not in _KEPT}
+    return RopeChange.static(shape.trained.inv_freq, shape.window, native, shape.trained.attention_factor)
 
 
 def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, Any]:
@@ -93,12 +100,12 @@ def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, A
     key = layer_type(config)
     kept = {name: flat[name] for name in _KEPT if flat.get(name) is not None}
     native = dict(change.native or {})
-    narrow = config.model_type in _ONLY_LONGROPE and native.get("rope_type") not in ("default", "longrope")
+    narrow = family(config) in _ONLY_LONGROPE and native.get("rope_type") not in ("default", "longrope")
     # With a dictionary a layer type, Transformers looks for `truncate` beside these, and 5.17 fails at longrope's second long row.
     unread = key is not None and ("truncate" in native or _one_list(native))
     if not native or narrow or unread:
         if len(change.at) > 1:
-            raise ValueError(f"{config.model_type} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")
+            raise ValueError(f"{family(config)} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")
         native = _as_longrope(change, kept["rope_theta"])
     if native["rope_type"] == "longrope":
         native |= _mscales(native, change.window)
@@ -206,7 +213,7 @@ def rotary_of(model: nn.Module) -> nn.Module:
     return found[2]
 
 
-def unslide(config: PretrainedConfig, window: int) -> dict[str, Any]:
+def unslide(config: PretrainedConfig, window: float) -> dict[str, Any]:
     """Configuration changes that turn sliding windows into full attention, where *every* layer slides below `window`.
 
     Sliding windows count tokens, not positions: nothing beyond them is ever attended, whatever the RoPE. Where full and
@@ -235,9 +242,9 @@ def legacy_keys(config: PretrainedConfig) -> dict[str, Any]:
     if _declares_original(config):
         keys["original_max_position_embeddings"] = config.original_max_position_embeddings
     if "partial_rotary_factor" in flat:
-        name = "rotary_pct" if config.model_type == "gpt_neox" else "partial_rotary_factor"
+        name = "rotary_pct" if family(config) == "gpt_neox" else "partial_rotary_factor"
         keys[name] = flat["partial_rotary_factor"]
-    if config.model_type == "gpt_neox":
+    if family(config) == "gpt_neox":
         keys["rotary_emb_base"] = flat["rope_theta"]
     if key is not None and isinstance(config.rope_parameters.get("sliding_attention"), Mapping):
         keys["rope_local_base_freq"] = config.rope_parameters["sliding_attention"]["rope_theta"]
@@ -253,7 +260,7 @@ def _legacy_longrope(config: PretrainedConfig, scaling: Mapping[str, Any]) -> di
     written, and phi3 of Transformers 4 refuses them instead of computing something else."""
     original = scaling["original_max_position_embeddings"]
     meant = scaling.get("attention_factor")
-    if config.model_type not in _ONLY_LONGROPE:
+    if family(config) not in _ONLY_LONGROPE:
         return {"original_max_position_embeddings": original}
     lists = {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
     if meant is None:  # read from a file of ours, or from a vendor's: it is derived from `original` already
@@ -270,7 +277,7 @@ def _legacy_longrope(config: PretrainedConfig, scaling: Mapping[str, Any]) -> di
 def read_by_v4(config: PretrainedConfig) -> bool:
     """False where Transformers 4 refuses the configuration that `legacy_keys` writes."""
     scaling = legacy_keys(config)["rope_scaling"]
-    return config.model_type not in _ONLY_LONGROPE or not scaling or len(scaling) == 3
+    return family(config) not in _ONLY_LONGROPE or not scaling or len(scaling) == 3
 
 
 def _declares_original(config: PretrainedConfig) -> bool:
