@@ -178,12 +178,18 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete(_method_names), help="Describe one method; default: list them all.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=_complete(_method_names), help="Describe one method, with --plot also NAME:key=value,...; default: list them all.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it for a common shape: bias and kernel by distance in tokens, factor on logits, vectors, frequencies or coverage.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods, or describe one: fields, slot, formula, paper."""
+    """List the methods, or describe or draw one: fields, slot, formula, paper, picture."""
     from hf_longctx.method import describe, method_class, method_names
 
+    if plot:
+        _plot_method(name, plot, as_json)
+        return
+    if name and ":" in name:
+        raise ValueError(f"{name!r}: values are for --plot FILE.png; to describe a method give its name alone")
     found = [describe(method_class(each)) for each in ([name] if name else method_names())]
     if as_json:
         out.print_json(json.dumps(found[0] if name else found))
@@ -191,6 +197,28 @@ def methods(
         _describe(found[0])
     else:
         _table(("method", "slot", "fields", "paper"), [[each["name"], ", ".join(each["slots"]), ", ".join(each["fields"]), each["paper"]] for each in found])
+
+
+def _plot_method(name: str | None, picture: Path, as_json: bool) -> None:
+    from hf_longctx.method import load_method
+    from hf_longctx.schema import format_size
+
+    if name is None:
+        raise ValueError("--plot draws one method: give NAME[:key=value,...]; `longctx methods` lists them")
+    chosen = load_method(parse_spec(name))
+    from hf_longctx.method_plot import plot_method  # costs torch
+
+    found = plot_method(chosen, picture)
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    if "receptive_field" in found:
+        length = format_size(found["length"])
+        out.print(f"receptive field: the distance within which 99 % of the kernel's mass lies, over distances below {length}", markup=False)
+        out.print(f"the kernel's sum over all distances {'converges' if found['converges'] else 'does not converge'}", markup=False)
+        fields = [f"beyond {length}" if field is None else f"{field:,}" for field in found["receptive_field"]]
+        _table(("head", "receptive field (tokens)"), [[str(head), field] for head, field in enumerate(fields, start=1)])
+    out.print(str(picture), markup=False)
 
 
 def _describe(found: dict[str, Any]) -> None:
@@ -224,7 +252,7 @@ def patch(model: Model, method: Methods, out_folder: Out, overwrite: Overwrite =
     run(model, _specs(method), out_folder, revision=revision, overwrite=overwrite)
     facts = inspect_model(out_folder)
     names = ", ".join(m["name"] for m in facts["methods"])
-    out.print(f"{out_folder}: window {format_size(facts['trained_window'])} -> {format_size(facts['window'])} by {names}; proved on the rotary module", markup=False)
+    out.print(f"{out_folder}: window {format_size(facts['trained_window'])} -> {format_size(facts['window'])} by {names}; proved", markup=False)
 
 
 @app.command()
