@@ -214,7 +214,7 @@ def _failures(rows: Sequence[Row]) -> list[Element]:
 
 
 def _heat_maps(rows: Sequence[Row]) -> list[Element]:
-    mine = [row for row in rows if row["depth"] is not None and not _is_change(row)]
+    mine = [row for row in rows if row["depth"] is not None and not _is_change(row) and row["metric"] != "nll"]
     if not mine:
         return []
     note = "Share of right answers in per cent, by depth (0 %: start of the context) and length; orange is low, blue is high."

@@ -39,6 +39,9 @@ class Formula(nn.Module):
         """Parameters and constants, as the formula reads them."""
         return {name: getattr(self, name) for name in (*self.learned, *self.fixed)}
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {[*value.shape]}" for name, value in self.values().items())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Formula":
         """Moves to another device, but not to half precision: positions need all of float32."""
         before = {name: getattr(self, name).data for name in (*self.learned, *self.fixed)}

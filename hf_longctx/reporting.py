@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_longctx.files import read_json
 from hf_longctx.schema import format_size
 
 _COLOURS = ("#3b6fb6", "#c4572e", "#4f9b58", "#8a5fb0", "#b3892b", "#5b8c94")
@@ -44,17 +45,21 @@ def cell_text(row: Mapping[str, Any] | None, share: bool) -> str:
 
 
 def plot_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """One PNG a task: length against depth where a task has depths, otherwise a curve over length."""
+    """One PNG a task: length against depth where a task has depths, loss against position where it has that, otherwise a curve
+    over length. The trained windows that `run.json` in the folder names are marked in curves over position."""
     made = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = [task.partition(":")[0] for task in tasks]
     for task, family in zip(tasks, families, strict=True):
-        mine = [row for row in rows if row["task"] == task and row["metric"] in ("accuracy", "perplexity")]
+        mine = [row for row in rows if row["task"] == task and row["metric"] in ("accuracy", "perplexity", "nll")]
         if not mine:
             continue
         path = folder / f"{family if families.count(family) == 1 else re.sub('[^A-Za-z0-9._=-]+', '-', task)}.png"
-        draw = _heat_map if any(row["depth"] is not None for row in mine) else _curves
-        draw(task, mine, path)
+        if any(row["metric"] == "nll" for row in mine):
+            _by_position(task, [row for row in mine if row["metric"] == "nll"], path)
+        else:
+            draw = _heat_map if any(row["depth"] is not None for row in mine) else _curves
+            draw(task, mine, path)
         made.append(path)
     return made
 
@@ -116,6 +121,40 @@ def _curves(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def _by_position(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss against the number of tokens before: a colour a model, a dash a length."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    models, lengths = list(dict.fromkeys(row["model"] for row in rows)), sorted({row["length"] for row in rows})
+    for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):
+        mine = sorted((row for row in rows if (row["model"], row["length"]) == (model, length)), key=lambda row: row["depth"])
+        colour, dash = _COLOURS[models.index(model) % len(_COLOURS)], ("-", "--", ":", "-.")[lengths.index(length) % 4]
+        places = [row["depth"] * length for row in mine]
+        label = _wrapped(model, 5) + (f" ({format_size(length)})" if len(lengths) > 1 else "")
+        axis.plot(places, [row["value"] for row in mine], linestyle=dash, marker="." if len(mine) < 64 else None, color=colour, label=label)
+        low, high = ([float("nan") if row[key] is None else row[key] for row in mine] for key in ("ci_low", "ci_high"))
+        axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    for window in sorted(set(_trained_windows(path.parent).values())):
+        axis.axvline(window, color="#888888", linestyle="--", linewidth=1)
+        axis.text(window, 0.99, f" trained window {format_size(window)}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="#666666")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: format_size(round(value)))
+    axis.set_xlabel("position (tokens before)")
+    axis.set_ylabel("-log p (nats a token)")
+    axis.set_title(task, fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _trained_windows(folder: Path) -> dict[str, int]:
+    """Of the models of the evaluation in this folder, as far as it says."""
+    path = folder / "run.json"
+    found = read_json(path).get("trained_windows") if path.is_file() else None
+    return {model: window for model, window in (found or {}).items() if window}
 
 
 def plot_coverage(found: Mapping[str, Any], window: int, path: Path, title: str) -> None:
