@@ -12,16 +12,16 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from hf_longctx import methods as _folder
 from hf_longctx.schema import STRICT_KEYS, build, nearest
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
+    from torch import Tensor, nn
 
-SLOTS = ("rope", "bias", "attention", "embedding", "positions")
+SLOTS = ("rope", "bias", "attention", "embedding", "positions", "state")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,34 @@ class RopeChange:
         return cls({size: Frequencies(tuple(inv_freq), attention_factor)}, size, native)
 
 
+class StateSource(Protocol):
+    """What the `state` slot returns. States are `[(convolution, SSM), ...]` by layer, tensors whose first dimension is the row.
+
+    Attributes:
+        order: `stream` if row b of a window must continue row b of the window before it, `any` if rows may be unrelated.
+    """
+
+    order: Literal["stream", "any"]
+
+    def start(self, final: Any, ended: "Tensor", rng: "np.random.Generator") -> Any:
+        """The states that the next window starts from, without gradients.
+
+        Args:
+            final: what the window before left (never written to); zeros before the first.
+            ended: [rows of the next window], True where the row's document ended, so that it starts another one now.
+            rng: the only source of randomness.
+        """
+
+    def observe(self, final: Any) -> None:
+        """Called after each window with what it left."""
+
+    def state_dict(self) -> "dict[str, Tensor]":
+        """What it has learned from the windows so far, to be saved with a checkpoint; empty where that is nothing."""
+
+    def load_state_dict(self, saved: "Mapping[str, Tensor]") -> None:
+        """Go on from what `state_dict` gave."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way past a model's trained window: a subclass is one file in `hf_longctx/methods/`."""
@@ -147,6 +175,10 @@ class Method:
         Returns:
             `token_index[window]`, strictly increasing, below `document_length`; `position_ids[window]`, strictly increasing.
         """
+        raise NotImplementedError
+
+    def state(self) -> "StateSource":
+        """Where a state-space model's windows start from: a new object for each training run, see `StateSource`."""
         raise NotImplementedError
 
     @property
@@ -252,6 +284,6 @@ def describe(cls: type[Method]) -> dict[str, Any]:
 
 
 __all__ = [
-    "SLOTS", "Frequencies", "Method", "RopeChange", "Shape", "describe", "field", "in_slot", "load_method", "load_methods",
+    "SLOTS", "Frequencies", "Method", "RopeChange", "Shape", "StateSource", "describe", "field", "in_slot", "load_method", "load_methods",
     "method", "method_class", "method_names", "require", "require_factor", "require_positive",
 ]  # fmt: skip

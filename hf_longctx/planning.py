@@ -64,6 +64,9 @@ def plan(recipe: Recipe, weights: bool = True) -> Plan:
         checkpoint.bitsandbytes_config(recipe.model.quantization)
     config, tokenizer = _config_and_tokenizer(recipe, weights)
     chosen = recipe.load_methods()
+    passing = in_slot(chosen, "state")
+    if passing is not None:
+        raise ValueError(f"{passing.name} passes states between windows, which recipes cannot do yet; in Python there is hf_longctx.integration.state")
     model_side = tuple(item for item in chosen if set(item.slots) & set(MODEL_SLOTS))
     patch_config(config, model_side)
     if recipe.distill and recipe.window > rope.trained_window(config):

@@ -31,7 +31,7 @@ def one_line(call, *parts):
     ("spec", "parts"),
     [
         ({"name": "yarm"}, ["unknown method 'yarm'", "did you mean 'yarn'?"]),
-        ({"name": "quantum"}, ["unknown method 'quantum'", "there is: alibi, cream, dynamic_ntk,"]),
+        ({"name": "quantum"}, ["unknown method 'quantum'", "there is: alibi, carry, cream,"]),
         ("_private", ["unknown method '_private'"]),
         ("../method", ["unknown method '../method'"]),
         ({"factor": 8}, ["a method needs a name", "{'factor': 8}", "yarn"]),
