@@ -19,7 +19,7 @@ def model_methods(methods: Sequence[Method]) -> tuple[Method, ...]:
     """`methods`, once it is known that each changes a model. Raises ValueError naming one that only affects training."""
     for item in methods:
         if not set(item.slots) & set(MODEL_SLOTS):
-            raise ValueError(f"{item.name} fills the {item.slots[0]} slot, which belongs to training: put it into a recipe")
+            raise ValueError(f"{item.name} fills the {item.slots[0]} slot, which belongs to training, not to a model")
     return tuple(methods)
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from hf_longctx import checkpoint, files
 from hf_longctx.data import Mixture, Windows, check_source, coverage, fit_sampler, load_documents
 from hf_longctx.integration import rope
+from hf_longctx.integration.configs import family
 from hf_longctx.lora import add_lora
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
@@ -176,7 +177,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path, samples: int = 3) -
     recipe = what.recipe
     shown = [what.dataset[i] for i in range(min(samples, len(what.dataset)))]
     return {
-        "model": recipe.model.name or recipe.model.config, "family": what.config.model_type, "trained_window": rope.trained_window(what.config),
+        "model": recipe.model.name or recipe.model.config, "family": family(what.config), "trained_window": rope.trained_window(what.config),
         "methods": [item.to_dict() for item in what.methods], "sampler": what.sampler.to_dict(), "window": recipe.window, "target": what.target,
         "documents": sum(len(s.documents) for s in what.sources), "windows": sum(map(len, what.sources)), "dropped": sum(s.dropped for s in what.sources),
         "steps": what.steps, "batch": what.batch, "tokens": what.steps * what.batch * recipe.window,
