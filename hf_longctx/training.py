@@ -201,8 +201,7 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
     if blocks:
         check_block_loss(model)
     full_rows = expect_full_rows(base_model(model))
-    special = is_quantised(base_model(model)) or is_ours(what.config)  # a bias is added block by block, in a loop that compiles badly
-    compiled = recipe.compile == "on" or (recipe.compile == "auto" and torch.cuda.is_available() and what.steps >= 50 and not special)
+    compiled = _compiles(what, model)
     if compiled:
         compile_layers(model)
     recorded = compiled and blocks and full_rows and _recordable(what, model, arguments)
@@ -227,6 +226,14 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
 
 def _block_loss(recipe: Recipe, model: nn.Module, compiled: bool) -> BlockLoss:
     return BlockLoss(model, compiled, Teacher(model) if recipe.distill else None, recipe.distill)
+
+
+def _compiles(what: Plan, model: nn.Module) -> bool:
+    """Whether compiling pays: `compile: auto` needs a GPU, enough steps, and layers that compile well."""
+    if what.recipe.compile != "auto":
+        return what.recipe.compile == "on"
+    special = is_quantised(base_model(model)) or is_ours(what.config)  # a bias is added block by block, in a loop that compiles badly
+    return torch.cuda.is_available() and what.steps >= 50 and not special
 
 
 def _recordable(what: Plan, model: nn.Module, arguments: TrainingArguments) -> bool:

@@ -121,6 +121,26 @@ def recipe(base, tokens) -> dict:
     }  # fmt: skip
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, kept open."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    yield kept
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def refused_in_a_line(call, message: str) -> None:
+    """`call` raises ValueError in one line that begins with `message`."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder ../shared; the test is skipped where it is missing."""

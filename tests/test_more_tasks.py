@@ -3,7 +3,6 @@
 import json
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from hf_longctx.reporting import plot_results
 from hf_longctx.stats import bootstrap, bootstrap_means, wilson
 from hf_longctx.task import Cell, Scored, encode, load_task, opening
 from tests.conftest import byte_tokenizer, tiny_model
-from tests.test_ruler import tokenizer_of
+from tests.test_ruler import law_of_exact_length, tokenizer_of
 from tests.test_tasks import numbered, same
 
 BYTES = byte_tokenizer()
@@ -45,12 +44,7 @@ def whole(tokenizer, cell) -> str:
 @pytest.mark.parametrize("name", ["longchat_lines", "needle"])
 def test_every_cell_has_the_exact_length(name, tokenizer):
     for length in (1500, 1501, 1513, 2048):
-        for cell in cells_of(tokenizer, name, length):
-            assert len(cell.ids) == length
-            assert cell.ids.dtype == np.int64
-            assert cell.stop == length + 1  # the token after the answer is asked for too
-            for bos in opening(tokenizer):
-                assert np.flatnonzero(cell.ids == bos).tolist() == [0]
+        law_of_exact_length(tokenizer, cells_of(tokenizer, name, length), length)
 
 
 @pytest.mark.parametrize("name", ["longchat_lines", "needle"])
@@ -319,15 +313,6 @@ def test_buckets_of_what_score_cells_gives():
 
 
 # --- what is drawn
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def row(value, depth, metric="nll", length=1024, model="m"):

@@ -1,6 +1,5 @@
 """Tables and pictures: what they say, not how they look."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,16 +52,6 @@ def is_picture(path) -> bool:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L"))
     return path.read_bytes()[:4] == b"\x89PNG" and min(pixels.shape) > 200 and pixels.std() > 5
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, kept open."""
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def test_a_heat_map_shows_every_depth_and_length(tmp_path, figures):

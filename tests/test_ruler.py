@@ -57,18 +57,22 @@ def whole(tokenizer, cell) -> str:
     return tokenizer.decode(cell.ids, skip_special_tokens=True)
 
 
+def law_of_exact_length(tokenizer, cells, length: int) -> None:
+    for cell in cells:
+        assert len(cell.ids) == length
+        assert cell.ids.dtype == np.int64
+        assert cell.stop == length + 1  # the token after the answer is asked for too
+        for bos in opening(tokenizer):
+            assert np.flatnonzero(cell.ids == bos).tolist() == [0]
+
+
 # --- every task
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_cell_has_the_exact_length(name, tokenizer):
     for length in (1900, 1901, 1902, 1911, 1950, 2003, 2048):
-        for cell in cells_of(tokenizer, name, length):
-            assert len(cell.ids) == length
-            assert cell.ids.dtype == np.int64
-            assert cell.stop == length + 1  # the token after the answer is asked for too
-            for bos in opening(tokenizer):
-                assert np.flatnonzero(cell.ids == bos).tolist() == [0]
+        law_of_exact_length(tokenizer, cells_of(tokenizer, name, length), length)
 
 
 @pytest.mark.parametrize("name", EVERY)

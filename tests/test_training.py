@@ -166,10 +166,26 @@ def test_the_learning_rate_follows_the_planned_steps(recipe, tmp_path):
     assert rates == pytest.approx([1e-3 * r for r in (0, 0.25, 0.5, 0.75, 1, 2 / 3, 1 / 3)])
 
 
-def test_compilation_is_left_to_cuda_and_long_runs(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "steps", "compile", "methods", "wanted"),
+    [
+        (True, 60, "auto", ["yarn"], True), (False, 60, "auto", ["yarn"], False), (True, 6, "auto", ["yarn"], False),
+        (True, 60, "auto", ["yarn", "alibi"], False), (False, 6, "on", ["yarn"], True), (True, 60, "off", ["yarn"], False),
+    ],
+)  # fmt: skip
+def test_compilation_is_left_to_cuda_and_long_runs(recipe, monkeypatch, cuda, steps, compile, methods, wanted):
+    recipe |= {"compile": compile, "methods": [{"name": name} | ({"factor": 4} if name == "yarn" else {}) for name in methods]}
+    recipe["train"]["max_steps"] = steps
+    what = planning.plan(planning.as_recipe(recipe))
+    model, _ = training._build_model(what)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert training._compiles(what, model) is wanted
+
+
+def test_layers_are_compiled_where_that_was_decided(recipe, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(training, "compile_layers", called.append)
-    trainer_for(recipe | {"train": recipe["train"] | {"max_steps": 60}}, tmp_path)
+    trainer_for(recipe, tmp_path)
     assert not called
     trainer_for(recipe | {"compile": "on"}, tmp_path)
     assert len(called) == 1

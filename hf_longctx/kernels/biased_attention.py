@@ -242,24 +242,30 @@ def _read(table, distance):
 
 
 @_jit
-def _forward_step(
-    q, k, v, bias, coef, m0, n0, start, shift, phase, tk, scale, stride_k, stride_v, high, total, values, r, c,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr,
-):  # fmt: skip
-    """Largest logit, sum of weights and weighted values of each row, after one more tile of keys."""
-    kt = _tile(k, n0, stride_k, c, tk, D, DP, not FAR)
+def _logits(q, kt, bias, coef, m0, n0, start, shift, phase, scale, r, c, BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr):
+    """Logits of a tile [BM, BN] and what each row adds to all of its own, [BM]: left out of the tile, since only sums over rows need it."""
     s = tl.dot(q, tl.trans(kt), input_precision="ieee") * scale
     valid = n0 + c >= start
     if FAR:
         row, column, x, y = _terms(coef, (m0 + shift - n0 - (BN - 1) - phase) // BN, r, c, BM, BN)
         s = s + tl.where(valid, column, -float("inf"))[None, :]
         s = s + x[:, None] * y[None, :]
-        peak = tl.maximum(high, tl.max(s, 1) + row)
     else:
+        row = tl.zeros([BM], tl.float32)
         s = s + _read(bias, (m0 + shift - n0) + (r[:, None] - c[None, :]))
         s = s + tl.where(valid, 0.0, -float("inf"))[None, :]
-        row = tl.zeros([BM], tl.float32)
-        peak = tl.maximum(high, tl.max(s, 1))
+    return s, row
+
+
+@_jit
+def _forward_step(
+    q, k, v, bias, coef, m0, n0, start, shift, phase, tk, scale, stride_k, stride_v, high, total, values, r, c,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, sum of weights and weighted values of each row, after one more tile of keys."""
+    kt = _tile(k, n0, stride_k, c, tk, D, DP, not FAR)
+    s, row = _logits(q, kt, bias, coef, m0, n0, start, shift, phase, scale, r, c, BM, BN, FAR)
+    peak = tl.maximum(high, tl.max(s, 1) + row)
     zero = tl.where(peak == -float("inf"), 0.0, peak)  # a row that has seen no key yet
     p = tl.exp2(s - (zero - row)[:, None])
     fade = tl.exp2(high - zero)
@@ -329,17 +335,8 @@ def _dq_step(
 ):  # fmt: skip
     """dq [BM, DP], up to the factor `scale`, after one tile of keys; g is the gradient of the output."""
     kt = _tile(k, n0, stride_k, c, tk, D, DP, not FAR)
-    s = tl.dot(q, tl.trans(kt), input_precision="ieee") * scale
-    valid = n0 + c >= start
-    if FAR:
-        row, column, x, y = _terms(coef, (m0 + shift - n0 - (BN - 1) - phase) // BN, r, c, BM, BN)
-        s = s + tl.where(valid, column, -float("inf"))[None, :]
-        s = s + x[:, None] * y[None, :]
-        p = tl.exp2(s - (lse - row)[:, None])
-    else:
-        s = s + _read(bias, (m0 + shift - n0) + (r[:, None] - c[None, :]))
-        s = s + tl.where(valid, 0.0, -float("inf"))[None, :]
-        p = tl.exp2(s - lse[:, None])
+    s, row = _logits(q, kt, bias, coef, m0, n0, start, shift, phase, scale, r, c, BM, BN, FAR)
+    p = tl.exp2(s - (lse - row)[:, None])
     vt = _tile(v, n0, stride_v, c, tk, D, DP, not FAR)
     dp = tl.dot(g, tl.trans(vt), input_precision="ieee")
     ds = p * (dp - delta[:, None])

@@ -1,11 +1,11 @@
 """Learned position embeddings (Gehring et al. 2017; GPT-2, from which the spread of 0.02). Ours: the learned gain."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_longctx.method import Method, Shape, require
+from hf_longctx.method import Shape, require
+from hf_longctx.methods._additive import Additive
 from hf_longctx.schema import Size
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Learned(Method):
+class Learned(Additive):
     """Adds a learned vector for each position to token embeddings: row p of a table of `length` rows, times a learned gain.
 
     Rows start from normal(0, 0.02), the same for the same `seed`. Positions past the table take its last row: it does not
@@ -23,11 +23,10 @@ class Learned(Method):
 
     paper = "arXiv:1705.03122"
     length: Size | None = None  # positions; default the trained window
-    gain: float = 0.0  # where it starts
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.gain), f"gain must be a finite number, got {self.gain}")
+        super().__post_init__()
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
 
     def embedding(self, shape: Shape) -> "nn.Module":

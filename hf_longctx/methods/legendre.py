@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_longctx.method import Method, Shape, require
+from hf_longctx.method import Shape, require
+from hf_longctx.methods._additive import Additive
 from hf_longctx.schema import Size
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Legendre(Method):
+class Legendre(Additive):
     """Adds Legendre polynomials of the position to token embeddings: column k of position p is sqrt(2k+1) P_k(x), times a
     learned gain, with x = 2p / (`length` - 1) - 1 clipped to [-1, 1].
 
@@ -29,11 +30,10 @@ class Legendre(Method):
 
     paper = "arXiv:2506.06398"
     length: Size | None = None  # positions; default the trained window
-    gain: float = 0.0  # where it starts
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.length != 1, "length must be at least 2 positions, got 1: they span the interval from -1 to 1")
-        require(math.isfinite(self.gain), f"gain must be a finite number, got {self.gain}")
 
     def embedding(self, shape: Shape) -> "nn.Module":
         from hf_longctx.modules import Embedding
@@ -49,9 +49,8 @@ def row(values: "Values", positions: "Tensor", *, length: int) -> "Tensor":
 def table(length: int, hidden: int) -> "Tensor":
     """float32 [length, hidden], by the recurrence (k+1) P_{k+1} = (2k+1) x P_k - k P_{k-1} in float64, stable on [-1, 1].
 
-    Built once, because the recurrence is `hidden` steps one after the other however few positions there are: 0.14 s for one token
-    at hidden size 4,096 on a CPU, in every step of decoding. The table takes 0.2 s and 64 MiB for 8,192 positions of size 2,048, 6 s
-    and 2 GiB for 131,072 of size 4,096."""
+    Built once, because the recurrence is `hidden` steps one after the other however few positions there are, and decoding would pay
+    for it in every step. For 131,072 positions of size 4,096 the table takes 2 GiB."""
     import torch
 
     x = torch.linspace(-1, 1, length, dtype=torch.float64)

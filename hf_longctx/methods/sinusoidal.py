@@ -1,11 +1,11 @@
 """Sinusoidal position encoding (Vaswani et al. 2017). Ours: the learned gain."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_longctx.method import Method, Shape, require, require_positive
+from hf_longctx.method import Shape, require_positive
+from hf_longctx.methods._additive import Additive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sinusoidal(Method):
+class Sinusoidal(Additive):
     """Adds sines and cosines of the position to token embeddings: columns 2i and 2i+1 of position p are sin and cos of
     p `base`^(-2i/hidden), times a learned gain. Any position has one. Set `gain` 1 when training from scratch."""
 
     paper = "arXiv:1706.03762"
     base: float = 10000.0
-    gain: float = 0.0  # where it starts
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(base=self.base)
-        require(math.isfinite(self.gain), f"gain must be a finite number, got {self.gain}")
 
     def embedding(self, shape: Shape) -> "nn.Module":
         from hf_longctx.modules import Embedding

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from hf_longctx.method import Method, Shape, require
+from hf_longctx.method import Shape, require
+from hf_longctx.methods._additive import Additive
 from hf_longctx.schema import Size
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wavelet(Method):
+class Wavelet(Additive):
     """Adds wavelets of the position to token embeddings: column (j, m) of position p is 2^(-j/2) psi(2^-j p - m), times a
     learned gain.
 
@@ -36,11 +37,10 @@ class Wavelet(Method):
     paper = "arXiv:2506.06398"
     psi: Literal["haar", "ricker"] = "haar"
     length: Size | None = None  # positions; default the trained window
-    gain: float = 0.0  # where it starts
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.length != 1, "length must be at least 2 positions, got 1: the finest wavelet spans two")
-        require(math.isfinite(self.gain), f"gain must be a finite number, got {self.gain}")
 
     def embedding(self, shape: Shape) -> "nn.Module":
         from hf_longctx.modules import Embedding
