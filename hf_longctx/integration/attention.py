@@ -6,6 +6,7 @@ A forward pre-hook on the decoder works out where the tokens of a pass stand (`l
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_longctx.modules import PerLayer
+from hf_longctx.kernels import biased_attention as kernel
+from hf_longctx.modules import Bias, PerLayer
 
 FULL_ROWS = "sdpa_full_rows"
 LONGCTX = "longctx_sdpa"
@@ -50,6 +52,7 @@ class Tokens:
         q_pos, k_pos: positions, [batch or 1, queries] and [batch or 1, keys].
         q_index: how many keys each query sees, itself included, [batch or 1, queries].
         k_valid: False at padding and where a static cache is not filled yet, [batch or 1, keys]; None if every key counts.
+        causal: the last query sees all valid keys, the one before it all but the last key, and so on.
         bias, scaling: modules of the `bias` and the `attention` slot.
         layers: which layers they belong to.
         seen: layers that asked, in order.
@@ -59,10 +62,26 @@ class Tokens:
     k_pos: Tensor
     q_index: Tensor
     k_valid: Tensor | None
+    causal: bool
     bias: PerLayer | None = None
     scaling: PerLayer | None = None
     layers: frozenset[int] = frozenset()
     seen: list[int] = field(default_factory=list)
+
+    @cached_property
+    def k_start(self) -> Tensor | None:
+        """The first valid key of each row, [batch or 1], if nothing else sets the pass apart from a plain causal one.
+
+        None where a distance of positions is not one of keys, as with skips, or padding stands between tokens. It waits for the
+        device, once a pass.
+        """
+        if not self.causal:
+            return None
+        valid = torch.ones_like(self.k_pos, dtype=torch.bool) if self.k_valid is None else self.k_valid
+        queries = self.q_pos.shape[1]
+        ahead, present = self.q_pos - torch.arange(queries, device=self.q_pos.device), valid[:, -queries:]
+        steady = ahead.where(present, 2**31).amin(-1) >= ahead.where(present, -(2**31)).amax(-1)
+        return (~valid).sum(-1) if bool(steady.all() & (valid[:, 1:] >= valid[:, :-1]).all()) else None
 
 
 def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | None, cache: Any, layer: int) -> Tokens:
@@ -82,6 +101,7 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
     queries = torch.arange(length, device=device) + start
     q_pos = queries[None] if position_ids is None else position_ids
     fresh = keys == length  # nothing cached, nothing allocated ahead
+    causal = keys == start + length and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
@@ -93,10 +113,10 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
         k_valid = pad(mask.bool(), (0, max(0, keys - mask.shape[1])))[:, :keys]
         q_index = k_valid.cumsum(-1)[:, queries - first]
     if fresh:
-        return Tokens(q_pos, q_pos, q_index, None if mask is None else k_valid)
+        return Tokens(q_pos, q_pos, q_index, None if mask is None else k_valid, causal)
     # A query that is no padding tells where the keys before it stand; `generate` gives padding any position.
     ahead = (q_pos - queries).where(k_valid[:, queries - first], 2**31).amin(-1, keepdim=True)
-    return Tokens(q_pos, index[None] + ahead, q_index, k_valid)
+    return Tokens(q_pos, index[None] + ahead, q_index, k_valid, causal)
 
 
 def attend(
@@ -117,9 +137,22 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest)
     if rest.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
+    bias = longctx.bias.of(layer)
+    if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.k_start is not None:
+        start = longctx.k_start.expand(query.shape[0])
+        out = kernel.biased_attention(query, key, value, _table(bias, query.shape[1], key.shape[2], query.device), scaling, k_start=start)
+        return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
-    blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, longctx.bias.of(layer))
+    blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, bias)
     return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
+
+
+def _table(bias: Bias, heads: int, length: int, device: torch.device) -> Tensor:
+    """The bias at each distance, float32 [heads, length]; backward computes it again, so that no layer keeps the steps to it."""
+    head, distance = torch.arange(heads, device=device)[:, None], torch.arange(length, device=device)[None]
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in bias.parameters())):
+        return bias(head, distance, torch.zeros_like(distance))
+    return checkpoint(bias, head, distance, torch.zeros_like(distance), use_reentrant=False, preserve_rng_state=False)
 
 
 def _biased_blocks(

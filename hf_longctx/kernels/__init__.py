@@ -1,1 +1,1 @@
-"""Triton kernels. Nothing here is imported unless it is asked for by its full name: most machines have no Triton."""
+"""Triton kernels. Most machines have no Triton: importing what is here must not need it."""

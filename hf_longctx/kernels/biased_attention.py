@@ -11,7 +11,7 @@ near tiles read the table. Logits are in units of log 2 within the kernels, beca
 The gradient of the table is a third pass of the backward. Tiles on one diagonal hold the same distances element by element, so a
 program walks along a diagonal, adds up its tiles in registers, and touches memory once at the end: no atomics per logit.
 
-Importing this module needs no Triton; `available()` says whether the kernels can run. Lengths are ordinary arguments of the
+Importing this module needs no Triton; `serves()` says whether the kernels can run. Lengths are ordinary arguments of the
 kernels, so one compilation serves every length and every method.
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -84,17 +84,24 @@ class Blocks(NamedTuple):
 # By the bytes of an element and the head dimension, rounded up to a power of two. Chosen by hand; see tests/benchmarks.
 BLOCKS = {
     (2, 64): Blocks(Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 2)),
-    (2, 128): Blocks(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3), Launch(128, 64, 8, 2)),
-    (2, 256): Blocks(Launch(128, 32, 8, 2), Launch(128, 32, 8, 2), Launch(32, 64, 8, 2), Launch(64, 64, 8, 1)),
+    (2, 128): Blocks(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 64, 4, 3), Launch(128, 64, 8, 2)),
+    (2, 256): Blocks(Launch(128, 32, 8, 2), Launch(128, 32, 8, 1), Launch(32, 64, 8, 2), Launch(64, 64, 8, 1)),
     (4, 64): Blocks(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 2), Launch(64, 64, 8, 1)),
     (4, 128): Blocks(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 8, 2), Launch(32, 32, 4, 1)),
     (4, 256): Blocks(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1), Launch(32, 32, 8, 1)),
 }
 
+# Bytes a GPU must have for one block of threads: compiled for an A100, which has as many, the tiles take up to 160 KiB; for an H100,
+# which has 227 KiB, up to 192. Consumer GPUs have 99.
+SHARED_MEMORY = 163 * 1024
 
-def available() -> bool:
-    """Whether the kernels can run here at speed: Triton, and a CUDA GPU."""
-    return triton is not None and torch.cuda.is_available()
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels run on a tensor: there is Triton, and it lies on a GPU with room for the tiles; or on a CPU with the interpreter."""
+    if x.is_cuda and triton is not None and x.dtype in TOLERANCE and x.shape[-1] <= 256:
+        room = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)  # AMD's have no such number
+        return int(room) >= SHARED_MEMORY
+    return x.device.type == "cpu" and interpreted()
 
 
 def interpreted() -> bool:
@@ -661,17 +668,17 @@ def blocks_for(head_dim: int, dtype: torch.dtype) -> Blocks:
 
 
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float | None = None, offset: int = 0, *,
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float | None = None, *,
     k_start: Tensor | None = None, tolerance: float | None = None, blocks: Blocks | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(scale q k^T + bias) v over keys at distance 0 and more, the bias of head h at distance d being `table[h, d + offset]`.
+    """softmax(scale q k^T + bias) v over keys at distance 0 and more, the bias of head h at distance d being `table[h, d]`.
 
     Differentiable in q, k, v and the table. Rows that see no key are zero.
 
     Args:
         q: [B, H, Tq, D], the last Tq of Tk positions: query i sees keys j <= i + Tk - Tq, at distance i + Tk - Tq - j.
         k, v: [B, Hkv, Tk, D]; head h of q reads head h * Hkv // H. float16, bfloat16 or float32, like q; D at most 256.
-        table: float32 [H, offset + Tk] or longer, finite, in nats.
+        table: float32 [H, Tk] or longer, finite, in nats.
         scale: of the dot products; 1 / sqrt(D) by default.
         k_start: integers [B], the first valid key of each row; keys before it are left padding.
         tolerance: largest error of the bias in tiles that do not read the table, in nats; `TOLERANCE` by default.
@@ -683,19 +690,19 @@ def biased_attention(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(q, k, v, table, offset)
+    _check(q, k, v, table)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     starts = q.new_zeros(q.shape[0], dtype=torch.int32) if k_start is None else k_start.to(q.device, torch.int32)
     tolerance = TOLERANCE[q.dtype] if tolerance is None else tolerance
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _Attention.apply(q, k, v, table[:, offset : offset + k.shape[2]].float(), starts, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
+    return _Attention.apply(q, k, v, table[:, : k.shape[2]].float(), starts, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, offset: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
     (batch, heads, tq, dim), (_, kv_heads, tk, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape != (batch, kv_heads, tk, dim) or heads % kv_heads:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: want [B, H, Tq, D] and twice [B, Hkv, Tk, D], Hkv dividing H")
     if not 0 < tq <= tk or dim > 256:
         raise ValueError(f"{tq} queries of {tk} keys, head dimension {dim}: want no more queries than keys, and at most 256 dimensions")
-    if table.dim() != 2 or table.shape[0] != heads or table.shape[1] < offset + tk or offset < 0:
-        raise ValueError(f"table {list(table.shape)}: want {heads} heads and at least {offset + tk} distances")
+    if table.dim() != 2 or table.shape[0] != heads or table.shape[1] < tk:
+        raise ValueError(f"table {list(table.shape)}: want {heads} heads and at least {tk} distances")

@@ -1,0 +1,160 @@
+"""Which passes of a model the Triton kernel computes, and that they give what the blocks of SDPA give.
+
+Where Triton does not run, dense attention from the same arguments takes its place, so that all but the kernel itself is tested.
+"""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_longctx.integration import attention
+from hf_longctx.kernels.biased_attention import biased_attention
+from tests.conftest import TINY
+from tests.test_biased_kernel import DEVICE, needs_kernel, oracle
+from tests.test_slot_laws import patched
+
+pytestmark = pytest.mark.filterwarnings("ignore:the sum of exp", "ignore:.*gradient_checkpointing")
+LENGTH = 40
+LEARNED = ("mkl_learned",)
+BIASES = [("alibi",), ("mkl_learned",), ("kerple_power", "log_n"), ("t5", "nope")]
+
+
+def dense(q, k, v, table, scale=None, *, k_start=None):
+    return oracle(q.double(), k.double(), v.double(), table.double(), q.shape[3] ** -0.5 if scale is None else scale, k_start).to(q.dtype)
+
+
+@pytest.fixture(params=["dense", pytest.param("triton", marks=needs_kernel)])
+def calls(request, monkeypatch):
+    """Passes go to the kernel; the arguments of its calls."""
+    made = []
+    inner = dense if request.param == "dense" else biased_attention
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(attention.kernel, "serves", lambda x: True)
+    monkeypatch.setattr(attention.kernel, "biased_attention", counted)
+    return made
+
+
+def tokens(rows=2, length=LENGTH):
+    return torch.randint(3, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(length)).to(DEVICE)
+
+
+def blocks(monkeypatch, call):
+    """What `call` gives without the kernel."""
+    with monkeypatch.context() as other:
+        other.setattr(attention.kernel, "serves", lambda x: False)
+        return call()
+
+
+def same(calls, monkeypatch, call, served):
+    """`call` gives the same with the kernel and without, and the kernel was called `served` times."""
+    with torch.no_grad():
+        got, want = call(), blocks(monkeypatch, call)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+    assert len(calls) == served
+
+
+@pytest.mark.parametrize("names", BIASES, ids="+".join)
+def test_a_whole_text(names, calls, monkeypatch):
+    model = patched("llama", names).to(DEVICE)
+    ids = tokens()
+    same(calls, monkeypatch, lambda: model(ids, attention_mask=torch.ones_like(ids)).logits, 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("names", BIASES, ids="+".join)
+def test_every_gradient(names, checkpointing, calls, monkeypatch):
+    model = patched("llama", names).to(DEVICE).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def gradients():
+        model.zero_grad()
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    got, want = gradients(), blocks(monkeypatch, gradients)
+    assert len(calls) == (4 if checkpointing else 2)
+    for name in want:
+        assert want[name].any(), name
+        assert (got[name] - want[name]).abs().max() <= 2e-4 * want[name].abs().max(), name
+
+
+def test_left_padding(calls, monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    same(calls, monkeypatch, lambda: model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()], 2)
+
+
+def test_a_prompt_in_two_pieces_then_a_token(calls, monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
+
+    def pieces():
+        cache = DynamicCache(config=model.config)
+        return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([17, 22, 1], 1)], 1)
+
+    same(calls, monkeypatch, pieces, 4)  # one token has nothing to gain from it
+
+
+def skipped(ids):
+    """Positions with a gap."""
+    return {"position_ids": torch.arange(LENGTH, device=DEVICE)[None] + 100 * (torch.arange(LENGTH, device=DEVICE) >= 20)[None]}
+
+
+def holes(ids):
+    mask = torch.ones_like(ids)
+    mask[0, 5:9] = 0
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def padded_on_the_right(ids):
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    return {"attention_mask": mask}
+
+
+def packed(ids):
+    segment = torch.arange(LENGTH, device=DEVICE) >= 15
+    return {"attention_mask": ((segment[:, None] == segment) & torch.ones(LENGTH, LENGTH, device=DEVICE).tril().bool())[None, None].expand(2, 1, -1, -1)}
+
+
+@pytest.mark.parametrize("rest", [skipped, holes, padded_on_the_right, packed])
+def test_what_is_not_plainly_causal_is_left_to_the_blocks(rest, calls, monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
+    given = {"attention_mask": torch.ones_like(ids)} | rest(ids)
+    seen = given["attention_mask"].bool() if given["attention_mask"].dim() == 2 else torch.ones_like(ids).bool()
+    same(calls, monkeypatch, lambda: model(ids, **given).logits[seen], 0)
+
+
+def test_a_static_cache_is_left_to_the_blocks(calls, monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
+    same(calls, monkeypatch, lambda: model(ids, past_key_values=StaticCache(model.config, max_cache_len=64), use_cache=True).logits, 0)
+
+
+def test_a_bias_of_more_than_the_distance_and_dropout_are_left_to_the_blocks(calls, monkeypatch):
+    model, ids = patched("llama", ("fire",)).to(DEVICE), tokens()
+    same(calls, monkeypatch, lambda: model(ids).logits, 0)
+    model = patched("llama", LEARNED, attention_dropout=0.5).to(DEVICE).train()
+    model(ids)
+    assert not calls
+
+
+def test_only_layers_that_see_everything(calls, monkeypatch):
+    model, ids = patched("gemma3_text", LEARNED).to(DEVICE), tokens()
+    full = sum(kind == "full_attention" for kind in model.config.layer_types)
+    assert 0 < full < model.config.num_hidden_layers
+    same(calls, monkeypatch, lambda: model(ids).logits, full)
+
+
+def test_no_step_to_the_table_is_kept_for_backward():
+    """The table of a learned bias is computed again in backward: between the passes one table a layer is there, and no part of it."""
+    kept = []
+    bias = patched("llama", LEARNED).longctx_bias.of(0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        attention._table(bias, 4, 500, torch.device("cpu")).sum()
+    assert all(size <= 500 for size in kept)
