@@ -1,10 +1,12 @@
-"""Position methods from scratch: train each at a short window, read the same tokens under growing context.
+"""Methods from scratch: train each at a short window, read the same tokens under growing context.
 
     python tests/benchmarks/scratch.py --set model.tokenizer=SMOLLM2 --set data=[{path: train.npz}] --data validation.npz \\
         --rows rope,alibi,mep,mep_learned --seeds 3 --lengths 512,1k,2k,4k,8k,16k --baseline alibi --out scratch
 
-Prints two tables, mean over seeds and the half-width of its 95 % interval (Student's t): perplexity by length, and the paired
-change from `--baseline`, same seed, same tokens. A picture of the first lies in --out. What is there already is not run again.
+and `--recipe scratch-mamba-512 --rows zero,carry --baseline zero` for state passing. Prints three tables, mean over seeds and the
+half-width of its 95 % interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change
+from the shortest length, same model, same tokens, with the largest upper end of its intervals over documents. A picture of the first
+lies in --out. What is there already is not run again.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from hf_longctx import evaluate, finetune
+from hf_longctx import evaluate, finetune, method_names
 from hf_longctx.recipe import Recipe, read_recipe
 from hf_longctx.schema import format_size, parse_size
 
@@ -39,12 +41,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "key_norm_sum": [{"name": "key_norm"}],
     "key_norm_mean": [{"name": "key_norm", "by": "mean", "learn_gain": True}],
 }
+STATES: dict[str, list[dict[str, Any]]] = {name: [{"name": name}] for name in method_names("state")}
 T95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
 
 def methods_of(row: str, window: int) -> tuple[dict[str, Any], ...]:
     """The methods of a row; nope is told that the window stays."""
-    return tuple(spec | {"target": window} if spec["name"] == "nope" else spec for spec in ROWS[row])
+    return tuple(spec | {"target": window} if spec["name"] == "nope" else spec for spec in (ROWS | STATES)[row])
 
 
 def model_of(row: str, recipe: Recipe, seed: int, out: Path) -> Path:
@@ -96,6 +99,8 @@ def main() -> None:
     task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
     values: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths} for row in rows}
     changes: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths} for row in rows}
+    growth: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths[1:]} for row in rows}
+    highest = {row: dict.fromkeys(lengths[1:], -math.inf) for row in rows}
     for seed in range(options.seeds):
         beside = model_of(options.baseline, recipe, seed, options.out)
         for row in rows:
@@ -106,13 +111,19 @@ def main() -> None:
                     values[row][found["length"]].append(found["value"])
                 if found["metric"] == "change_from_baseline":
                     changes[row][found["length"]].append(100 * found["value"])
+                if found["model"] == str(model) and found["metric"] == f"change_from_{lengths[0]}":
+                    growth[row][found["length"]].append(100 * found["value"])
+                    highest[row][found["length"]] = max(highest[row][found["length"]], 100 * found["ci_high"])
             print(f"{row}@{seed}: " + " / ".join(f"{v[-1]:.4g}" if v else "failed" for v in values[row].values()), flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{machine}, torch {torch.__version__}, transformers {transformers.__version__}; {recipe.train.get('max_steps')} steps, {options.seeds} seeds")
-    for title, table in (("perplexity", values), (f"change from {options.baseline}, %", changes)):
-        print(f"\n| {title} | " + " | ".join(format_size(n) for n in lengths) + " |\n|" + " --- |" * (len(lengths) + 1))
+    tables = {"perplexity": values, f"change from {options.baseline}, %": changes, f"change from {format_size(lengths[0])}, % (most)": growth}
+    for title, table in tables.items():
+        shown = lengths if table is not growth else lengths[1:]
+        print(f"\n| {title} | " + " | ".join(format_size(n) for n in shown) + " |\n|" + " --- |" * (len(shown) + 1))
         for row, by_length in table.items():
-            print(f"| {row} | " + " | ".join(spread(v) if v else "" for v in by_length.values()) + " |")
+            most = {n: f" ({highest[row][n]:+.2f})" if table is growth else "" for n in shown}
+            print(f"| {row} | " + " | ".join(spread(v) + most[n] if v else "" for n, v in by_length.items()) + " |")
     draw(values, options.out / "perplexity.png")
 
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_longctx import patch, planning, training
 from hf_longctx.data import collate
-from hf_longctx.evaluation import score_cells
 from hf_longctx.recipe import parse_recipe
+from hf_longctx.scoring import score_cells
 from hf_longctx.task import Cell
 
 
