@@ -9,7 +9,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from hf_longctx import __version__, checkpoint, files
 from hf_longctx.data import check_source, load_documents
-from hf_longctx.lora import base_model
 from hf_longctx.method import Method, load_methods
 from hf_longctx.recipe import DataSource
 from hf_longctx.reporting import plot_results
 from hf_longctx.schema import parse_size
+from hf_longctx.scoring import attempts, check_chunks, score_cells
 from hf_longctx.stats import bootstrap, paired_shares
 from hf_longctx.task import Cell, Result, Scored, Task, load_task
 
@@ -35,12 +33,11 @@ COLUMNS = (
     "peak_memory", "tokens", "tokenizer", "dtype", "error",
 )  # fmt: skip
 BUILT_IN = "pydoc_data.topics"
-_TOKENS_AT_ONCE = {"cuda": 65536, "cpu": 4096}
-_LOGITS_AT_ONCE = 2**26  # elements of one block of logits: 256 MiB in float32
 _DESCRIBES_MODEL = ("*.safetensors", "config.json", files.ADAPTER, files.SIDECAR, "tokenizer.json", "tokenizer.model")
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
 Key = tuple[str, str, int]  # model, task, length
+Passes = tuple[int | None, int | None]  # sequences, and tokens of a sequence, in one forward pass
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def evaluate(
     model: str | Path, tasks: Sequence[Task | str | Mapping[str, Any]] = ("passkey", "perplexity"), lengths: Sequence[int | str] = (2048,), *,
     out: str | Path, data: str | Path | DataSource | None = None, methods: checkpoint.Specs = (), baseline: str | Path | None = None, revision: str | None = None,
     base: str | None = None, dtype: str | None = None, device: str | None = None, attn_implementation: str | None = None, seed: int = 0, batch_size: int | None = None,
-    progress: Progress | None = None,
+    chunk: int | str | None = None, progress: Progress | None = None,
 ) -> list[Row]:  # fmt: skip
     """Measure a model, and a baseline beside it, by tasks at lengths.
 
@@ -96,6 +93,8 @@ def evaluate(
         base, dtype, device, attn_implementation: as `load`, for both models.
         seed: of cells.
         batch_size: sequences in one forward pass; by default as many as fill 65,536 tokens on a GPU, 4,096 on a CPU.
+        chunk: tokens of a sequence in one forward pass, or a size such as "4k": over states, or keys and values, the numbers stay the
+            same. By default state-space models are read so that memory does not grow with length, and others at once.
         progress: called with (what, done, total) in tokens.
 
     Returns:
@@ -103,9 +102,10 @@ def evaluate(
         `seconds`, `tokens` and `peak_memory` (GiB allocated on the GPU, the model included) are of all depths together.
 
     Raises:
-        ValueError: an unknown task or model, or an `out` that holds another evaluation.
+        ValueError: an unknown task or model, an `out` that holds another evaluation, or a `chunk` for a model that needs its text at once.
     """
     sizes = sorted({parse_size(length) for length in _several(lengths)})
+    passes = (batch_size, None if chunk is None else parse_size(chunk))
     asked = [load_task(task) for task in _several(tasks)]
     if not asked or not sizes:
         raise ValueError("give at least one task and one length")
@@ -121,7 +121,7 @@ def evaluate(
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     for subject in subjects:
         plan = {(subject.label, title, length): chosen[title] for title in chosen for length in sizes if (subject.label, title, length) not in done}
-        for key, rows in _measure(subject, plan, source, options, seed, batch_size, progress):
+        for key, rows in _measure(subject, plan, source, options, seed, passes, progress):
             _append(folder, rows)
             done[key] = rows
     found = [row for s in subjects for title in chosen for length in sizes for row in done[s.label, title, length]]
@@ -154,91 +154,19 @@ def _brief(value: Any) -> str:
     return str(value).removesuffix(".0")
 
 
-# --- scoring
-
-
-def score_cells(model: torch.nn.Module, cells: Sequence[Cell], batch_size: int | None = None, on_tokens: Callable[[int], None] | None = None) -> list[Scored]:
-    """One forward pass a cell; only the scored tokens meet the output embedding, so memory is linear in length.
-
-    Cells of equal length share a batch. Without a cache and without an attention mask, every backend takes its causal path.
-    """
-    base = base_model(model)
-    device = next(base.parameters()).device
-    outputs: dict[int, Scored] = {}
-    for batch in _batches(cells, batch_size, device.type):
-        mine = [cells[i] for i in batch]
-        ids = torch.from_numpy(np.stack([cell.ids for cell in mine])).to(device)
-        with torch.no_grad():
-            hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            states = torch.cat([row[cell.start - 1 : cell.stop - 1] for row, cell in zip(hidden, mine, strict=True)])
-            del hidden
-            labels = torch.from_numpy(np.concatenate([np.append(cell.ids, -100)[cell.start : cell.stop] for cell in mine])).to(device)
-            nll, best = _token_scores(base, states, labels)
-        edges = np.cumsum([cell.stop - cell.start for cell in mine])[:-1]
-        outputs |= {i: Scored(*parts) for i, *parts in zip(batch, np.split(nll, edges), np.split(best, edges), strict=True)}
-        if on_tokens is not None:
-            on_tokens(ids.numel())
-    return [outputs[i] for i in range(len(cells))]
-
-
-def _token_scores(model: Any, states: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """-log p(label), NaN where it is -100, and the most likely token, for each of `states` [tokens, width], block by block."""
-    size = max(16, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    losses, best = [], []
-    with _head(model) as logits_of:
-        for start in range(0, len(states), size):
-            logits, wanted = logits_of(states[start : start + size]).float(), labels[start : start + size]
-            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=-100).masked_fill(wanted < 0, math.nan))
-            best.append(logits.argmax(-1))
-    return torch.cat(losses).cpu().numpy(), torch.cat(best).cpu().numpy()
-
-
-@contextmanager
-def _head(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """A function from last hidden states [tokens, width] to the model's logits.
-
-    Families scale, cap or shift what the output embedding gives, each in its own way, so the model's own `forward` does it:
-    it reads one token, and what its decoder says is replaced.
-    """
-    given = torch.empty(0)
-
-    def replace(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = given[None]
-        return output
-
-    def logits_of(states: torch.Tensor) -> torch.Tensor:
-        nonlocal given
-        given = states
-        return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=states.device), use_cache=False).logits[0]
-
-    hook = model.get_decoder().register_forward_hook(replace)
-    try:
-        yield logits_of
-    finally:
-        hook.remove()
-
-
-def _batches(cells: Sequence[Cell], batch_size: int | None, device: str) -> Iterator[list[int]]:
-    by_length: dict[int, list[int]] = {}
-    for i, cell in enumerate(cells):
-        by_length.setdefault(len(cell.ids), []).append(i)
-    for length, indices in sorted(by_length.items()):
-        size = batch_size or max(1, _TOKENS_AT_ONCE.get(device, 4096) // length)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
-
-
 # --- one model
 
 
 def _measure(
-    subject: Subject, plan: Mapping[Key, Task], source: DataSource | None, options: Mapping[str, Any], seed: int, batch_size: int | None, progress: Progress | None
+    subject: Subject, plan: Mapping[Key, Task], source: DataSource | None, options: Mapping[str, Any], seed: int, passes: Passes, progress: Progress | None
 ) -> Iterator[tuple[Key, list[Row]]]:
     """Load the model, score each task at each length of `plan`, and free it."""
     if not plan:
         return
     _free()  # what a training before left behind
     model, tokenizer = checkpoint.load(subject.name, methods=subject.methods, revision=subject.revision, base=subject.base, **options)
+    if passes[1] is not None:
+        check_chunks(model.config)
     documents = read_documents(source, tokenizer, model.config) if any(task.needs_text for task in plan.values()) else []
     about = {
         "model": subject.label, "revision": subject.commit(), "method": " + ".join(map(spelled, subject.methods or _methods_in(model))), "seed": seed,
@@ -250,8 +178,9 @@ def _measure(
         rows, error = [], ""
         try:
             cells = task.cells(tokenizer, documents, length, seed)
-            outputs, cost = _score(model, cells, batch_size, what, progress)
-            rows = [about | cost | _numbers(result, cells) for result in task.score(cells, outputs, tokenizer)]
+            outputs, cost = _score(model, cells, passes, what, progress)
+            targets = _same_text(cells)
+            rows = [about | cost | _numbers(result, targets) for result in task.score(cells, outputs, tokenizer)]
         except (RuntimeError, ValueError, MemoryError) as problem:  # out of memory, or text too short: the others go on
             error = next(iter(str(problem).splitlines()), "") or type(problem).__name__
             logger.error("%s failed: %s", what, error)
@@ -263,28 +192,33 @@ def _measure(
     _free()
 
 
-def _score(model: Any, cells: Sequence[Cell], batch_size: int | None, what: str, progress: Progress | None) -> tuple[list[Scored], Row]:
-    """Outputs, all of them finite, and what they cost. Where memory does not suffice for a batch, cells are scored one by one."""
+def _score(model: Any, cells: Sequence[Cell], passes: Passes, what: str, progress: Progress | None) -> tuple[list[Scored], Row]:
+    """Outputs, all of them finite, and what they cost. Where memory does not suffice, less is read at a time."""
     device = next(model.parameters()).device
-    sizes = [batch_size, 1] if max(map(len, _batches(cells, batch_size, device.type)), default=1) > 1 else [1]
     tokens = sum(len(cell.ids) for cell in cells)
-    for size in sizes:
+    tried = attempts(model.config, cells, *passes, device.type)
+    for size, chunk in tried:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         try:
-            outputs = score_cells(model, cells, size, _counter(progress, what, tokens))  # its results lie on the CPU: nothing is pending
+            outputs = score_cells(model, cells, size, _counter(progress, what, tokens), chunk)  # its results lie on the CPU: nothing is pending
             break
         except torch.OutOfMemoryError:
-            if size == 1:
+            if (size, chunk) == tried[-1]:
                 raise
-        logger.warning("%s: out of memory; once more with batch size 1", what)
+        logger.warning("%s: out of memory; once more with less at a time", what)
         _free()
     seconds = time.perf_counter() - start
-    if not all(np.isfinite(output.nll[: len(cell.targets)]).all() for cell, output in zip(cells, outputs, strict=True)):
+    if not all(map(_is_finite, cells, outputs)):
         raise ValueError("the model gives probabilities that are not finite")
     peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None
     return outputs, {"seconds": round(seconds, 3), "tokens": tokens, "peak_memory": peak}
+
+
+def _is_finite(cell: Cell, output: Scored) -> bool:
+    said = [output.nll[: len(cell.targets)], *([] if output.probabilities is None else [output.probabilities])]
+    return all(np.isfinite(each).all() for each in said)
 
 
 def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
@@ -310,13 +244,20 @@ def _methods_in(model: Any) -> tuple[Method, ...]:
     return load_methods((getattr(model.config, "longctx", None) or {}).get("methods", []))
 
 
-def _numbers(result: Result, cells: Sequence[Cell]) -> Row:
+def _numbers(result: Result, targets: str) -> Row:
     row: Row = {"metric": result.metric, "n": result.n, "depth": result.depth}
     row |= {key: number if math.isfinite(number := getattr(result, key)) else None for key in ("value", "ci_low", "ci_high")}
     if result.values:
-        targets = hashlib.sha256(b"".join(cell.targets.tobytes() + b"|" for cell in cells)).hexdigest()[:16]
         row["paired"] = {"values": result.values, "weights": result.weights, "clusters": result.clusters, "targets": targets}
     return row
+
+
+def _same_text(cells: Sequence[Cell]) -> str:
+    """A hash of the tokens that are scored, or read where none is: models that share it were asked the same."""
+    digest = hashlib.sha256()
+    for cell in cells:
+        digest.update((cell.targets if len(cell.targets) else cell.ids).tobytes() + b"|")
+    return digest.hexdigest()[:16]
 
 
 # --- text
@@ -440,33 +381,34 @@ def _finish(folder: Path, rows: Sequence[Row]) -> list[Row]:
 
 def _changes(rows: Sequence[Row], model: str, baseline: str | None = None) -> list[Row]:
     """Paired differences: tail perplexity against each shorter length of the same model, everything against the baseline."""
-    overall = {(row["model"], row["task"], row["length"]): row for row in rows if "paired" in row}
+    paired = {(row["model"], row["task"], row["length"], row["depth"]): row for row in rows if "paired" in row}
     found = []
-    for (name, task, length), row in overall.items():
-        shorter = [key for key in overall if key[:2] == (name, task) and key[2] < length] if task.startswith("tail_perplexity") else []
-        found += [_change(row, overall[key], f"change_from_{key[2]}") for key in shorter]
-        other = overall.get((baseline, task, length)) if baseline is not None and name == model else None
+    for (name, task, length, depth), row in paired.items():
+        shorter = [key for key in paired if key[:2] == (name, task) and key[2] < length] if task.startswith("tail_perplexity") else []
+        found += [_change(row, paired[key], f"change_from_{key[2]}") for key in shorter]
+        other = paired.get((baseline, task, length, depth)) if baseline is not None and name == model else None
         if other is None:
             continue
         if row["paired"]["targets"] == other["paired"]["targets"]:
             found.append(_change(row, other, "change_from_baseline"))
-        else:
+        elif depth is None:
             logger.warning("%s at %s is not compared: %s and %s tokenise its text differently", task, length, model, baseline)
     return found
 
 
 def _change(row: Row, other: Row, metric: str) -> Row:
-    """The paired difference of accuracies, or the relative change of a perplexity over the same tokens."""
+    """The paired difference of accuracies or distances, or the relative change of a perplexity over the same tokens."""
     here, there = (np.array(r["paired"]["values"]) for r in (row, other))
     weights, clusters = np.array(row["paired"]["weights"]), row["paired"]["clusters"]
-    if row["metric"] == "perplexity":
 
-        def relative(index: Any) -> float:
-            return float(np.expm1(np.average((here - there)[index], weights=weights[index])))
+    def difference(index: Any) -> float:
+        return float(np.average((here - there)[index], weights=weights[index]))
 
-        value, interval = relative(slice(None)), bootstrap(relative, clusters)
-    else:
-        value, interval = float((here - there).mean()), paired_shares(here.tolist(), there.tolist())
+    def relative(index: Any) -> float:
+        return math.expm1(difference(index))
+
+    statistic = relative if row["metric"] in ("perplexity", "nll") else difference
+    interval = paired_shares(here.tolist(), there.tolist()) if row["metric"] == "accuracy" else bootstrap(statistic, clusters)
     low, high = (None if math.isnan(end) else end for end in interval)
     kept = {key: item for key, item in row.items() if key not in ("paired", "seconds", "peak_memory", "tokens")}
-    return kept | {"metric": metric, "value": value, "ci_low": low, "ci_high": high}
+    return kept | {"metric": metric, "value": statistic(slice(None)), "ci_low": low, "ci_high": high}

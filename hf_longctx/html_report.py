@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from hf_longctx import files
-from hf_longctx.reporting import cell_text, check_results
+from hf_longctx.reporting import SHARES, cell_text, check_results
 from hf_longctx.schema import format_size
 
 Row = Mapping[str, Any]
@@ -155,8 +155,8 @@ def _summary(runs: Sequence[Run], rows: Sequence[Row]) -> list[Element]:
 
 
 def _changes(runs: Sequence[Run], rows: Sequence[Row]) -> list[Element]:
-    mine = [row for row in rows if _is_change(row)]
-    caption = "Paired on the same cells, with 95 % intervals: accuracy in points, perplexity in per cent (less is better)."
+    mine = [row for row in rows if _is_change(row) and row["depth"] is None]
+    caption = "Paired on the same cells, with 95 % intervals: accuracy and distances in points, perplexity in per cent (less is better)."
     return [_el("h2", "Paired changes"), _over_lengths(runs, mine, caption)] if mine else []
 
 
@@ -178,7 +178,7 @@ def _group(runs: Sequence[Run], key: tuple[str, str], rows: Sequence[Row], lengt
     lines = [_el("tr", _el("th", key[0] if key[0] == key[1] else f"{key[0]}: {key[1].replace('_', ' ')}", scope="rowgroup", colspan=1 + len(lengths)))]
     for number, model in dict.fromkeys((row["run"], row["model"]) for row in rows):
         run = runs[number - 1]
-        share = any(row["task"] == key[0] and row["metric"] == "accuracy" for row in run.rows)
+        share = any(row["task"] == key[0] and row["metric"] in SHARES for row in run.rows)
         found = {row["length"]: row for row in rows if (row["run"], row["model"]) == (number, model)}
         others = [each[0] for each in _subjects(run)[1:]] if key[1] == "change_from_baseline" else []
         method = next(iter(found.values())).get("method") or None
@@ -214,7 +214,7 @@ def _failures(rows: Sequence[Row]) -> list[Element]:
 
 
 def _heat_maps(rows: Sequence[Row]) -> list[Element]:
-    mine = [row for row in rows if row["depth"] is not None and not _is_change(row) and row["metric"] != "nll"]
+    mine = [row for row in rows if row["depth"] is not None and row["metric"] == "accuracy"]
     if not mine:
         return []
     note = "Share of right answers in per cent, by depth (0 %: start of the context) and length; orange is low, blue is high."

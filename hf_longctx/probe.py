@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from hf_longctx.evaluation import read_documents, score_cells
+from hf_longctx.evaluation import read_documents
 from hf_longctx.loss import evaluating
-from hf_longctx.patching import window_of
 from hf_longctx.recipe import DataSource, ProbeSpec
+from hf_longctx.scoring import score_cells
 from hf_longctx.task import Cell, Result, Task, load_task
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class Probed:
         return f"probe/{self.task.name}_{self.length}"
 
 
-def make_cells(spec: ProbeSpec, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, seed: int) -> tuple[Probed, ...]:
-    """The cells of a probe of a model with the (patched) `config`. Raises ValueError where a task cannot be had at a length."""
-    lengths = spec.lengths or (window_of(config),)
+def make_cells(spec: ProbeSpec, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, far: int, seed: int) -> tuple[Probed, ...]:
+    """The cells of a probe of a model with the (patched) `config`, by default at `far` tokens. ValueError where a task cannot be had at a length."""
+    lengths = spec.lengths or (far,)
     tasks = [load_task(task).for_lengths(lengths) for task in spec.tasks]
     source = None if spec.data is None else DataSource(spec.data)
     documents = read_documents(source, tokenizer, config) if any(task.needs_text for task in tasks) else []

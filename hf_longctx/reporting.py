@@ -9,6 +9,7 @@ from typing import Any
 from hf_longctx.files import read_json
 from hf_longctx.schema import format_size
 
+SHARES = ("accuracy", "effective_remembrance")  # metrics from 0 to 1, whose changes are points
 _COLOURS = ("#3b6fb6", "#c4572e", "#4f9b58", "#8a5fb0", "#b3892b", "#5b8c94")
 
 
@@ -25,7 +26,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     overall = [row for row in rows if row["depth"] is None]
     lengths = sorted({row["length"] for row in overall})
     lines = [["model", "task", "metric", *map(format_size, lengths)]]
-    shares = {row["task"] for row in rows if row["metric"] == "accuracy"}
+    shares = {row["task"] for row in rows if row["metric"] in SHARES}
     for key in dict.fromkeys((row["model"], row["task"], row["metric"]) for row in overall):
         found = {row["length"]: row for row in overall if (row["model"], row["task"], row["metric"]) == key}
         lines.append([*key, *(cell_text(found.get(length), key[1] in shares) for length in lengths)])
@@ -40,32 +41,41 @@ def cell_text(row: Mapping[str, Any] | None, share: bool) -> str:
         return "failed"
     change = row["metric"].startswith("change")
     scale, unit = (100, " points" if share else " %") if change else (1, "")
-    value, *interval = (None if row[k] is None else f"{scale * row[k]:{'+.1f' if change else '.2f'}}" for k in ("value", "ci_low", "ci_high"))
+    digits = "+.1f" if change else ".2f" if abs(row["value"]) < 1000 else ".0f"
+    value, *interval = (None if row[k] is None else f"{scale * row[k]:{digits}}" for k in ("value", "ci_low", "ci_high"))
     return f"{value}{unit}" + (f" [{', '.join(map(str, interval))}]" if None not in interval else "")
 
 
 def plot_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """One PNG a task: length against depth where a task has depths, loss against position where it has that, otherwise a curve
-    over length. The trained windows that `run.json` in the folder names are marked in curves over position."""
+    """One PNG a task: length against depth where a task has accuracies by depth, a curve over positions where it has something
+    else by position, otherwise a curve over length. The trained windows that `run.json` in the folder names are marked in curves
+    over position."""
     made = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = [task.partition(":")[0] for task in tasks]
     for task, family in zip(tasks, families, strict=True):
-        mine = [row for row in rows if row["task"] == task and row["metric"] in ("accuracy", "perplexity", "nll")]
-        if not mine:
-            continue
         path = folder / f"{family if families.count(family) == 1 else re.sub('[^A-Za-z0-9._=-]+', '-', task)}.png"
-        if any(row["metric"] == "nll" for row in mine):
-            _by_position(task, [row for row in mine if row["metric"] == "nll"], path)
-        else:
-            draw = _heat_map if any(row["depth"] is not None for row in mine) else _curves
-            draw(task, mine, path)
-        made.append(path)
+        if _draw(task, [row for row in rows if row["task"] == task], path):
+            made.append(path)
     return made
+
+
+def _draw(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """False if there is nothing to draw."""
+    by_depth = {row["metric"] for row in rows if row["depth"] is not None}
+    for metric, draw in (("nll", _losses), ("state_norm", _state_norms), ("effective_remembrance", _remembrance), ("accuracy", _heat_map)):
+        if metric in by_depth:
+            draw(task, rows, path)
+            return True
+    overall = [row for row in rows if row["metric"] in ("accuracy", "perplexity")]
+    if overall:
+        _curves(task, overall, path)
+    return bool(overall)
 
 
 def _heat_map(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt = _pyplot()
+    rows = [row for row in rows if row["metric"] == "accuracy"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows if row["depth"] is not None})
@@ -105,8 +115,7 @@ def _curves(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         mine = sorted((row for row in rows if row["model"] == model), key=lambda row: row["length"])
         lengths, values = [row["length"] for row in mine], [row["value"] for row in mine]
         axis.plot(lengths, values, marker="o", color=colour, label=_wrapped(model, 5))
-        low, high = ([float("nan") if row[key] is None else row[key] for row in mine] for key in ("ci_low", "ci_high"))
-        axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(lengths, *_interval(mine), color=colour, alpha=0.15, linewidth=0)
     ticks = sorted({row["length"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [format_size(n) for n in ticks])
@@ -123,31 +132,114 @@ def _curves(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _by_position(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss against the number of tokens before: a colour a model, a dash a length."""
+def _losses(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss against the number of tokens before, and below it the paired change against a baseline where there is one."""
+    plt = _pyplot()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    changes = [row for row in rows if row["metric"] == "change_from_baseline" and row["depth"] is not None]
+    figure, axes = plt.subplots(1 + bool(changes), 1, figsize=(5.6, 6.0 if changes else 3.6), sharex=True, squeeze=False, layout="constrained")
+    for axis, mine, label, scale in zip(
+        axes[:, 0], ([row for row in rows if row["metric"] == "nll"], changes), ("-log p (nats a token)", "change of perplexity (%)"), (1, 100), strict=False
+    ):
+        _lines(axis, mine, models, scale)
+        for window in sorted(set(_trained_windows(path.parent).values())):
+            _mark(axis, window, f"trained window {format_size(window)}")
+        axis.set_ylabel(label)
+    if changes:
+        axes[1, 0].axhline(0, color="black", linewidth=0.8)
+    _over_tokens(axes[-1, 0], "position (tokens before)")
+    axes[0, 0].set_title(task, fontsize=10)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _remembrance(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-    models, lengths = list(dict.fromkeys(row["model"] for row in rows)), sorted({row["length"] for row in rows})
+    mine = [row for row in rows if row["metric"] == "effective_remembrance" and row["depth"] is not None]
+    _lines(axis, mine, list(dict.fromkeys(row["model"] for row in rows)))
+    _over_tokens(axis, "tokens left out at the start (t)")
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_ylabel("EffRem(t): total variation")
+    axis.set_title(task, fontsize=10)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _state_norms(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel a model: norm of the state against the tokens read, of each layer and of all, at the longest length."""
+    plt = _pyplot()
+    models = list(dict.fromkeys(row["model"] for row in rows if row["metric"] == "state_norm"))
+    figure, axes = plt.subplots(1, len(models), figsize=(0.8 + 4.6 * len(models), 3.8), squeeze=False, sharey=True, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        mine = [row for row in rows if row["model"] == model and row["metric"].startswith("state_")]
+        longest = max(row["length"] for row in mine)
+        _norms_of(axis, [row for row in mine if row["length"] == longest])
+        if window := _trained_windows(path.parent).get(model):
+            _mark(axis, window, f"trained window {format_size(window)}")
+        _over_tokens(axis, "tokens read")
+        axis.set_yscale("log")
+        axis.set_title(_wrapped(model, 4), fontsize=9)
+    axes[0][0].set_ylabel("norm of the SSM state")
+    figure.suptitle(task, fontsize=10)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _norms_of(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One model's at one length: first layers dark, last ones light, all together in black."""
+    import matplotlib
+
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["depth"] is not None:
+            curves.setdefault(row["metric"], []).append(row)
+    layers = sorted((name for name in curves if name != "state_norm"), key=lambda name: int(name.rpartition("_")[2]))
+    shades = matplotlib.colormaps["viridis"].resampled(max(len(layers), 2))
+    for number, name in enumerate([*layers, "state_norm"]):
+        mine, together = sorted(curves[name], key=lambda row: row["depth"]), name == "state_norm"
+        places = [row["depth"] * row["length"] for row in mine]
+        shown = "all layers" if together else f"layer {number}" if number in (0, len(layers) - 1) else None
+        colour = "black" if together else shades(number)
+        axis.plot(places, [row["value"] for row in mine], color=colour, linewidth=1.8 if together else 0.9, label=shown)
+        if together:
+            axis.fill_between(places, *_interval(mine), color=colour, alpha=0.15, linewidth=0)
+    for row in rows:
+        if row["metric"] == "state_left_at":
+            _mark(axis, row["value"], f"a layer leaves at {format_size(round(row['value']))}", 0.92)
+
+
+def _lines(axis: Any, rows: Sequence[Mapping[str, Any]], models: Sequence[str], scale: float = 1) -> None:
+    """Values over positions: a colour a model, a dash a length."""
+    lengths = sorted({row["length"] for row in rows})
     for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):
         mine = sorted((row for row in rows if (row["model"], row["length"]) == (model, length)), key=lambda row: row["depth"])
         colour, dash = _COLOURS[models.index(model) % len(_COLOURS)], ("-", "--", ":", "-.")[lengths.index(length) % 4]
         places = [row["depth"] * length for row in mine]
         label = _wrapped(model, 5) + (f" ({format_size(length)})" if len(lengths) > 1 else "")
-        axis.plot(places, [row["value"] for row in mine], linestyle=dash, marker="." if len(mine) < 64 else None, color=colour, label=label)
-        low, high = ([float("nan") if row[key] is None else row[key] for row in mine] for key in ("ci_low", "ci_high"))
-        axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-    for window in sorted(set(_trained_windows(path.parent).values())):
-        axis.axvline(window, color="#888888", linestyle="--", linewidth=1)
-        axis.text(window, 0.99, f" trained window {format_size(window)}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="#666666")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: format_size(round(value)))
-    axis.set_xlabel("position (tokens before)")
-    axis.set_ylabel("-log p (nats a token)")
-    axis.set_title(task, fontsize=10)
+        marker = "." if len(mine) < 64 else None
+        axis.plot(places, [scale * row["value"] for row in mine], linestyle=dash, marker=marker, color=colour, label=label)
+        axis.fill_between(places, *_interval(mine, scale), color=colour, alpha=0.15, linewidth=0)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+
+
+def _interval(rows: Sequence[Mapping[str, Any]], scale: float = 1) -> Any:
+    """Its lower and upper ends, NaN where there is none."""
+    return ([float("nan") if row[key] is None else scale * row[key] for row in rows] for key in ("ci_low", "ci_high"))
+
+
+def _over_tokens(axis: Any, label: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: format_size(round(value)))
+    axis.set_xlabel(label)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+
+
+def _mark(axis: Any, place: float, text: str, height: float = 0.99) -> None:
+    axis.axvline(place, color="#888888", linestyle="--", linewidth=1)
+    axis.text(place, height, f" {text}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="#666666")
 
 
 def _trained_windows(folder: Path) -> dict[str, int]:

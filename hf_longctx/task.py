@@ -20,7 +20,7 @@ from hf_longctx.stats import bootstrap, wilson
 
 @dataclass(frozen=True)
 class Cell:
-    """One sequence to score by a single forward pass.
+    """One sequence to read once.
 
     Attributes:
         ids: prompt and answer, int64.
@@ -28,6 +28,8 @@ class Cell:
             for the model's choice after the last token.
         depth: where in the context the answer lies, 0 (start) to 1 (end).
         cluster: the document it comes from, for the interval.
+        distribution: whether the probabilities of all tokens are wanted, beside those of the scored ones; keep these few.
+        states_at: after how many tokens, 1 to len(ids), the norm of the model's state is wanted.
     """
 
     ids: np.ndarray
@@ -35,6 +37,8 @@ class Cell:
     stop: int
     depth: float | None = None
     cluster: int = 0
+    distribution: bool = False
+    states_at: tuple[int, ...] = ()
 
     @property
     def targets(self) -> np.ndarray:
@@ -44,10 +48,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model said about a cell: for each scored token -log p (NaN past the end) and the most likely token."""
+    """What a model said about a cell.
+
+    Attributes:
+        nll: for each scored token -log p, NaN past the end.
+        best: for each scored token the most likely one.
+        probabilities: [scored tokens, vocabulary], if the cell asks for the distribution.
+        norms: [places, layers], the Euclidean norms of the SSM states at `states_at`, if the cell has some.
+    """
 
     nll: np.ndarray
     best: np.ndarray
+    probabilities: np.ndarray | None = None
+    norms: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from hf_longctx import checkpoint, evaluation, task
+from hf_longctx import checkpoint, evaluation, scoring, task
 from hf_longctx.evaluation import COLUMNS, built_in_source, evaluate, score_cells
 from hf_longctx.recipe import DataSource
 from hf_longctx.stats import bootstrap
 from hf_longctx.task import Cell, Scored, exact_match, load_task
-from tests.conftest import WINDOW, byte_tokenizer, largest_tensor, tiny_model, write_tokens
+from tests.conftest import WINDOW, byte_tokenizer, largest_tensor, tiny_config, tiny_model, write_tokens
 
 PASSKEY = {"name": "passkey", "n": 2, "depths": 2}
 PPL = {"name": "perplexity", "stride": 16}
@@ -70,7 +70,7 @@ def assert_equal(found, wanted, tolerance=1e-5):
     ],
 )  # fmt: skip
 def test_scores_equal_the_models_own_full_logits(family, changes, monkeypatch):
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 1)  # 16 tokens a block
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 1)  # 16 tokens a block
     model, cells = tiny_model(family, **changes), random_cells()
     wanted = [reference(model, cell) for cell in cells]
     assert_equal(score_cells(model, cells), wanted)
@@ -88,11 +88,11 @@ def test_a_stop_behind_the_last_token_asks_for_the_models_choice():
 
 
 def test_batches_hold_cells_of_one_length_up_to_the_tokens_at_once(monkeypatch):
-    cells = random_cells((10, 20, 10, 10, 20))
-    assert list(evaluation._batches(cells, 2, "cpu")) == [[0, 2], [3], [1, 4]]
-    assert list(evaluation._batches(cells, None, "cpu")) == [[0, 2, 3], [1, 4]]
-    monkeypatch.setitem(evaluation._TOKENS_AT_ONCE, "cpu", 25)
-    assert list(evaluation._batches(cells, None, "cpu")) == [[0, 2], [3], [1], [4]]
+    cells, config = random_cells((10, 20, 10, 10, 20)), tiny_config()
+    assert list(scoring._batches(cells, config, 2, None, "cpu")) == [[0, 2], [3], [1, 4]]
+    assert list(scoring._batches(cells, config, None, None, "cpu")) == [[0, 2, 3], [1, 4]]
+    monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 25)
+    assert list(scoring._batches(cells, config, None, None, "cpu")) == [[0, 2], [3], [1], [4]]
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}])
@@ -129,12 +129,13 @@ def test_the_logits_of_all_tokens_are_never_alive(family, changes, monkeypatch):
         score_cells(model, cells)
 
     assert largest_tensor(run) >= (length - 1) * vocabulary  # one block is enough for all of it: the measure can see them
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", block * vocabulary)
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", block * vocabulary)
     assert largest_tensor(run) <= allowed
 
 
 def test_forward_passes_are_counted(monkeypatch):
-    """A block of logits costs one pass over a single token, not another one over the cells."""
+    """Logits cost one pass over a single token a batch, however many blocks they have."""
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 1)  # 16 tokens a block
     model, seen = tiny_model(), []
     model.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     score_cells(model, random_cells((40, 40, 40)), batch_size=2)
@@ -451,7 +452,7 @@ def test_what_fails_is_a_row_and_the_others_go_on(base, tokens, tmp_path, caplog
     assert failed["error"] in caplog.text
 
 
-def out_of_memory(model, cells, batch_size=None, on_tokens=None):
+def out_of_memory(model, cells, batch_size=None, on_tokens=None, chunk=None):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore lines")
 
 
@@ -470,22 +471,36 @@ def test_what_failed_is_tried_again_and_leaves_no_trace(base, tokens, tmp_path, 
     assert "failed" not in (tmp_path / "results.csv").read_text()
 
 
-@pytest.mark.parametrize(("size", "tried"), [(None, [None, 1]), (3, [3, 1]), (1, [1])])
-def test_out_of_memory_is_tried_once_more_one_by_one(size, tried, base, tokens, tmp_path, monkeypatch):
-    real, sizes, seen = evaluation.score_cells, [], []
+@pytest.mark.parametrize(
+    ("size", "chunk", "tried"),
+    [
+        (None, None, [(None, None), (1, None), (1, 16)]), (None, None, [(None, None), (1, None)]), (3, "16", [(3, 16), (1, 16)]),
+        (3, "32", [(3, 32), (1, 32), (1, 16)]), (1, None, [(1, None), (1, 16)]), (1, None, [(1, None)]),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_tried_again_with_less_at_a_time(size, chunk, tried, base, tokens, tmp_path, monkeypatch):
+    monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 1024)
+    real, found, seen = evaluation.score_cells, [], []
 
-    def tight(model, cells, batch_size=None, on_tokens=None):
-        sizes.append(batch_size)
-        if batch_size != 1:
+    def tight(model, cells, batch_size=None, on_tokens=None, chunk=None):
+        found.append((batch_size, chunk))
+        if len(found) < len(tried):
             on_tokens(64)
             out_of_memory(model, cells)
-        return real(model, cells, batch_size, on_tokens)
+        return real(model, cells, batch_size, on_tokens, chunk)
 
     monkeypatch.setattr(evaluation, "score_cells", tight)
-    rows = evaluate(base, PPL, 64, out=tmp_path, data=tokens, batch_size=size, progress=lambda *now: seen.append(now[1:]))
-    assert sizes == tried
+    rows = evaluate(base, PPL, 64, out=tmp_path, data=tokens, batch_size=size, chunk=chunk, progress=lambda *now: seen.append(now[1:]))
+    assert found == tried
     assert rows[0]["metric"] == "perplexity"
     assert seen[-1] == (12 * 64, 12 * 64)  # not counted twice
+
+
+def test_a_model_that_has_to_be_read_at_once_is_not_tried_in_chunks():
+    cells = random_cells((400, 400))
+    assert scoring.attempts(tiny_config(), cells, None, None, "cpu") == [(None, None), (1, None), (1, 64)]
+    for config in (tiny_config("gemma2"), tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})):
+        assert scoring.attempts(config, cells, None, None, "cpu") == [(None, None), (1, None)]
 
 
 def test_a_model_that_gives_nan_has_failed(tmp_path, tokens):
@@ -512,7 +527,7 @@ def stubbed(monkeypatch, base):
     """Models that know their scores: `scores(is_base, cell) -> nll`; retrieval is right where it is 0."""
 
     def install(scores):
-        def stub(model, cells, batch_size=None, on_tokens=None):
+        def stub(model, cells, batch_size=None, on_tokens=None, chunk=None):
             outputs = []
             for i, cell in enumerate(cells):
                 nll = np.full(cell.stop - cell.start, scores(model.config._name_or_path == str(base), i, cell))

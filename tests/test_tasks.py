@@ -53,8 +53,8 @@ def same(a: Cell, b: Cell) -> bool:
 @pytest.mark.floor
 def test_every_task_survives_a_round_trip():
     assert task_names() == [
-        "kv_retrieval", "longchat_lines", "needle", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_single_1",
-        "niah_single_2", "niah_single_3", "passkey", "perplexity", "position_nll", "tail_perplexity", "vt",
+        "effective_remembrance", "kv_retrieval", "longchat_lines", "needle", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_single_1",
+        "niah_single_2", "niah_single_3", "passkey", "perplexity", "position_nll", "state_norm", "tail_perplexity", "vt",
     ]  # fmt: skip
     for name in task_names():
         for task in (load_task(name), load_task(name).for_lengths([64, 256])):
@@ -72,7 +72,7 @@ def test_every_task_survives_a_round_trip():
         ({"name": "passkey", "depth": 3}, r"passkey: unknown key 'depth'; did you mean 'depths'\?"),
         ({"name": "passkey", "n": 0}, "passkey: n: .*greater than 0, got 0"),
         ({"name": "perplexity", "stride": "many"}, "perplexity: stride: expected a number of tokens"),
-        ({"n": 3}, "a task needs a name, got {'n': 3}; there is: kv_retrieval, longchat_lines, needle, .*, passkey, perplexity"),
+        ({"n": 3}, "a task needs a name, got {'n': 3}; there is: effective_remembrance, kv_retrieval, longchat_lines, needle, .*, passkey, perplexity"),
     ],
 )
 def test_what_is_refused_names_the_nearest(spec, message):

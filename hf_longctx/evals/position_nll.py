@@ -7,8 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import PositiveInt
 
+from hf_longctx.evals._windows import whole_windows
 from hf_longctx.stats import bootstrap_means
-from hf_longctx.task import Cell, Result, Scored, Task, opening, perplexity_result
+from hf_longctx.task import Cell, Result, Scored, Task, perplexity_result
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class PositionNll(Task):
     documents. Token i of a window has i tokens before it, the beginning-of-sequence token included; the first is not scored.
 
     Other tokens stand in each bucket, so neighbours differ by chance too; for equal tokens under growing context see
-    `tail_perplexity`. Lengths read other windows: compare models at one length."""
+    `tail_perplexity`. Lengths read other windows: compare models at one length. Beside a baseline, each bucket has its paired
+    change of perplexity over the same tokens."""
 
     source = "ours"
     buckets: PositiveInt = 32  # or as many as there are positions
@@ -30,18 +32,8 @@ class PositionNll(Task):
     documents: PositiveInt = 20  # at most
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
-        first = opening(tokenizer)
-        if length < 2 + len(first):
-            raise ValueError(f"position_nll needs at least {2 + len(first)} tokens, got {length}")
-        chosen = [d for d in documents if len(d) >= length][: self.documents]
-        if not chosen:
-            raise ValueError(f"no document has {length} tokens (the longest has {max(map(len, documents), default=0)}); give --data with longer ones")
-        found = []
-        for number, text in enumerate(chosen):
-            for start in np.linspace(0, len(text) - length, min(self.windows, len(text) // length)).round().astype(int):
-                ids = np.concatenate([first, text[start : start + length - len(first)].astype(np.int64)])
-                found.append(Cell(ids, 1, length, cluster=number))
-        return found
+        found = whole_windows(self.name, tokenizer, documents, length, self.windows, self.documents)
+        return [Cell(ids, 1, length, cluster=number) for ids, number in found]
 
     def score(self, cells: Sequence[Cell], outputs: Sequence[Scored], tokenizer: Any) -> list[Result]:
         length = len(cells[0].ids)
@@ -49,8 +41,12 @@ class PositionNll(Task):
         sizes = np.diff(edges)
         means = np.array([np.add.reduceat(o.nll.astype(np.float64), edges[:-1] - 1) for o in outputs]) / sizes  # windows weigh the same
         places = (edges[:-1] + (sizes - 1) / 2) / length
-        columns = [each.tolist() for each in (means.mean(0), len(cells) * sizes, *bootstrap_means(means, [c.cluster for c in cells]), places)]
-        return [perplexity_result(cells, outputs), *(Result("nll", *row) for row in zip(*columns, strict=True))]
+        clusters = tuple(c.cluster for c in cells)
+        columns = [each.tolist() for each in (means.mean(0), len(cells) * sizes, *bootstrap_means(means, clusters), places)]
+        paired = [
+            {"values": tuple(mine), "weights": (int(size),) * len(cells), "clusters": clusters} for mine, size in zip(means.T.tolist(), sizes, strict=True)
+        ]
+        return [perplexity_result(cells, outputs), *(Result("nll", *row, **each) for *row, each in zip(*columns, paired, strict=True))]
 
     def _edges(self, length: int) -> np.ndarray:
         """Bucket k holds the positions from edge k up to but not including edge k+1."""
