@@ -198,6 +198,9 @@ def make_card(
 
 def _title(name: str, facts: Mapping[str, Any], base: Base, method: str) -> str:
     what = f"`{base.name}`" if base.name else f"A {facts['family']} model"
+    if facts["state"] and facts["window"] is None:
+        what = f"A LoRA adapter for {what}" if facts["kind"] == "adapter" else what
+        return f"# {name}\n\n{what}" + (f" with `{method}`" if method else "") + ": a state-space model, which has no window and no positions."
     what = f"A LoRA adapter that gives {what}" if facts["kind"] == "adapter" else f"{what} with"
     window = f"a context window of {format_size(facts['window'])} tokens" if facts.get("window") else "a context window of its own"
     before = f" instead of {format_size(facts['trained_window'])}, by `{method}`" if "trained_window" in facts and method else ""
@@ -228,12 +231,12 @@ def _making(path: Path, facts: Mapping[str, Any], base: Base, method: str, recip
 
 def _training(path: Path, recipe: Recipe) -> dict[str, str]:
     """What the recipe says, and the numbers of the last checkpoint if it is still there."""
-    positions = in_slot(recipe.load_methods(), "positions")
+    positions, source = (in_slot(recipe.load_methods(), slot) for slot in ("positions", "state"))
     lora = recipe.lora
     rows = {
         "trained": "every weight" if lora is None else "LoRA, " + ", ".join(f"{key} {lora[key]}" for key in ("r", "lora_alpha", "target_modules") if key in lora),
         "also trained": ", ".join(recipe.also_train), "training window": f"{format_size(recipe.window)} tokens",
-        "training positions": f"`{spelled(positions)}`" if positions else "", "distillation": f"{recipe.distill:g}" if recipe.distill else "",
+        "training positions": f"`{spelled(positions)}`" if positions else "", "windows start from": f"`{spelled(source)}`" if source else "", "distillation": f"{recipe.distill:g}" if recipe.distill else "",
         "data": "; ".join(LOCAL if each.path == LOCAL else " ".join(filter(None, (each.path, each.name, each.split))) for each in recipe.data), "seed": str(recipe.seed),
         "recipe": "[recipe.yaml](recipe.yaml)",
     }  # fmt: skip
@@ -262,8 +265,9 @@ def _limits(facts: Mapping[str, Any], found: Sequence[Evaluation]) -> str:
         lines.append(f"Measured up to {format_size(measured)} of {format_size(window)} tokens." if measured else f"Not measured at {format_size(window)} tokens.")
     if any(not item.static for item in load_methods(facts["methods"])):
         lines.append("Its frequencies depend on the length seen: keys in a cache were rotated by those of their time.")
-    if facts["kind"] == "adapter":
-        lines.append("A LoRA adapter carries no RoPE: `PeftModel.from_pretrained` on the unpatched base silently runs with the old window. Load it as above, or merge it.")
+    if facts["kind"] == "adapter" and facts["methods"]:
+        carries, old = ("no RoPE", "window") if "trained_window" in facts else ("no step sizes", "ones")
+        lines.append(f"A LoRA adapter carries {carries}: `PeftModel.from_pretrained` on the unpatched base silently runs with the old {old}. Load it as above, or merge it.")
     lines.append("A longer window says nothing about what the model does with it on tasks that are not listed here; biases of the base model remain.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
@@ -315,7 +319,7 @@ def _update(old: CardData, new: CardData) -> None:
             continue
         if key in ("tags", "datasets"):
             before = old.get(key, [])
-            stale = {"lora", *method_names("rope")} - set(value)  # tags of an earlier card
+            stale = {"lora", *method_names("rope"), *method_names("delta")} - set(value)  # tags of an earlier card
             value = list(dict.fromkeys([*(each for each in ([before] if isinstance(before, str) else before) if each not in stale), *value]))
         old[key] = value
     old["eval_results"] = theirs + (new.get("eval_results") or []) or None

@@ -4,6 +4,7 @@ A RoPE-only result is a stock checkpoint: the base's own files and a rewritten c
 adapter with `longctx.json` (methods, base, revision, fingerprint of the base) and the patched config.json beside it.
 """
 
+import copy
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,10 +26,13 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from hf_longctx import __version__, files
+from hf_longctx.calibration import calibrate, check_data
 from hf_longctx.integration import auto, rope
 from hf_longctx.integration.configs import family, is_ours
+from hf_longctx.integration.state import has_state
 from hf_longctx.method import Method, load_methods, method_names
 from hf_longctx.patching import patch_config, patch_model, prove_config, prove_model, window_of
+from hf_longctx.recipe import DataSource
 
 logger = logging.getLogger(__name__)
 Specs = Sequence[Method | str | Mapping[str, Any]] | Method | str | Mapping[str, Any]
@@ -43,39 +47,40 @@ class Loaded(NamedTuple):
 
 def patch(
     model: PreTrainedModel | str | Path, methods: Specs, out: str | Path | None = None, *,
-    revision: str | None = None, overwrite: bool = False,
+    revision: str | None = None, overwrite: bool = False, data: DataSource | str | Path | None = None, tokenizer: Any = None,
 ) -> PreTrainedModel | Path:  # fmt: skip
-    """Give a model another position handling, and prove that it took effect.
+    """Give a model another position handling, or other step sizes, and prove that it took effect.
 
     Args:
         model: a live model, patched in place; or a hub id, a folder or a .gguf file, whose patched copy goes to `out`.
         methods: what to apply: `"nope"`, `{"name": "yarn", "factor": 4}`, `method("yarn", factor=4)`, or several.
-        out: the folder to write; for a hub id or a folder. Weights are linked or copied byte for byte, never loaded.
+        out: the folder to write; for a hub id or a folder. Weights are linked or copied byte for byte, and loaded only to calibrate.
         revision: branch, tag or commit on the hub.
         overwrite: replace `out` if it holds something.
+        data: for methods that have to be calibrated: training text or token ids, as a recipe's `data.path`.
+        tokenizer: for a live model and `data` that is text.
 
     Returns:
         The model, or the folder.
 
     Raises:
-        ValueError: unknown or colliding methods, an unsupported family, an `out` in use.
+        ValueError: unknown or colliding methods, an unsupported family, an `out` in use; `data` missing, too short or of no use.
         RuntimeError: what was installed does not compute what the method does.
     """
     chosen = load_methods(methods)
     if not chosen:
         raise ValueError(f"no method given; there is: {', '.join(method_names('rope'))}")
+    check_data(chosen, data)
     if isinstance(model, PreTrainedModel):
-        return patch_model(model, chosen)
+        return patch_model(model, *calibrate(model, tokenizer, chosen, data))
     if isinstance(model, torch.nn.Module):
         raise ValueError(f"{type(model).__name__} is not a Transformers model; patch the base model before PEFT or torch.compile wraps it")
     if out is None:
         raise ValueError("patching a checkpoint needs out, the folder to write")
     files.check_output(out, overwrite)
     if is_gguf(model):
-        loaded = load(model, methods=chosen, dtype="auto", device="cpu")
-        with files.new_folder(out, overwrite) as folder:
-            save(loaded.model, loaded.tokenizer, folder)
-        return Path(out)
+        loaded = load(model, dtype="auto", device="cpu")
+        return _patch_loaded(loaded, *calibrate(*loaded, chosen, data), out, overwrite)
     source = files.local_folder(model, revision)
     if (source / files.ADAPTER).exists():
         raise ValueError(f"{model} is an adapter; merge it first (`longctx merge`), then patch the result")
@@ -83,27 +88,38 @@ def patch(
     learned = method_tensors(source) if is_ours(config) else []
     if learned:
         raise ValueError(f"{model} holds what its methods learned ({learned[0]}, ...), which another patch would mix up; patch the model that it was made from")
+    if data is not None:
+        patch_config(copy.deepcopy(config), chosen)  # what does not fit is refused before anything is loaded
+        chosen, tensors = calibrate(*load(source), chosen, data)
+        if tensors:  # they go into the checkpoint, beside the weights
+            return _patch_loaded(load(source, dtype="auto", device="cpu"), chosen, tensors, out, overwrite)
     change, others = patch_config(config, chosen)
     with files.new_folder(out, overwrite) as folder:
         for path in [*files.companions(source), *weight_files(source)]:
             files.place(path, folder)
         finish_folder(folder, config, others, files.read_json(source / "config.json"))
-        if change is not None:
-            prove_config(AutoConfig.from_pretrained(folder), change)
+        prove_config(AutoConfig.from_pretrained(folder), change)
+    return Path(out)
+
+
+def _patch_loaded(loaded: Loaded, methods: Sequence[Method], tensors: Sequence[Mapping[str, torch.Tensor]], out: str | Path, overwrite: bool) -> Path:
+    patch_model(loaded.model, methods, tensors)
+    with files.new_folder(out, overwrite) as folder:
+        save(loaded.model, loaded.tokenizer, folder)
     return Path(out)
 
 
 def finish_folder(folder: Path, config: PretrainedConfig, others: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
-    """Write config.json and the tokenizer's limit: `raw` with what a patch changed, in the v5 and the v4 spelling."""
-    keys = dict(raw)
-    for stale in ("rope_scaling", "rope_parameters", "original_max_position_embeddings"):
-        keys.pop(stale, None)
-    keys |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings, **others}
-    keys |= {"model_type": config.model_type, "architectures": config.architectures}
+    """Write config.json and the tokenizer's limit: `raw` with what a patch changed, RoPE in the v5 and the v4 spelling."""
+    keys = {**raw, **others, "model_type": config.model_type, "architectures": config.architectures}
     if getattr(config, "longctx", None):
         keys["longctx"] = config.longctx
-    keys |= rope.legacy_keys(config)
-    files.write_json(folder / "config.json", {key: value for key, value in keys.items() if key != "rope_scaling" or value is not None})
+    if rope.rotates(config):
+        for stale in ("rope_scaling", "original_max_position_embeddings"):
+            keys.pop(stale, None)
+        keys |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
+        keys |= {key: value for key, value in rope.legacy_keys(config).items() if key != "rope_scaling" or value is not None}
+    files.write_json(folder / "config.json", keys)
     files.set_tokenizer_limit(folder, window_of(config))
 
 
@@ -156,7 +172,8 @@ def load(
             raise ValueError(f"{model} is an adapter, trained with methods of its own; merge it first, then load the result with other methods")
         return _load_adapter(folder, base, dtype, device, attn_implementation, quantization_config)
     config = AutoConfig.from_pretrained(folder)
-    change, _ = patch_config(config, load_methods(methods))
+    chosen = load_methods(methods)
+    change, _ = patch_config(config, chosen)
     target = _device(device)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True,
@@ -164,17 +181,18 @@ def load(
     )  # fmt: skip
     if quantization_config is None:  # quantised weights are made where they stay
         loaded = loaded.to(target)  # type: ignore[arg-type]
-    if change is not None:
+    if chosen:
         prove_model(loaded, change)
     elif is_ours(config):
         auto.prove(loaded)
     return Loaded(loaded.eval(), load_tokenizer(folder, window_of(config)))
 
 
-def load_tokenizer(folder: Path, window: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, window: int | None, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder; it remembers the folder as `name_or_path`, where its files are copied from."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.model_max_length = window
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if window is not None:
+        tokenizer.model_max_length = window
     return tokenizer
 
 
@@ -197,8 +215,7 @@ def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_
     chosen = load_methods(methods)
     if chosen:
         patch_model(loaded, chosen)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.model_max_length = window_of(loaded.config)
+    tokenizer = load_tokenizer(path.parent, window_of(loaded.config), gguf_file=path.name)
     return Loaded(loaded.to(target).eval(), tokenizer)  # type: ignore[arg-type]
 
 
@@ -241,7 +258,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     return files.read_json(path)
 
 
-def write_sidecar(folder: Path, base: str, revision: str | None, methods: Sequence[Method], mark: str, window: int) -> None:
+def write_sidecar(folder: Path, base: str, revision: str | None, methods: Sequence[Method], mark: str, window: int | None) -> None:
     """Write `longctx.json`: what an adapter needs besides its weights."""
     value = {
         "version": __version__, "base": base, "revision": revision, "fingerprint": mark,
@@ -283,10 +300,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | 
         tokenizer.save_pretrained(folder)
     raw = files.read_json(folder / "config.json")
     raw["use_cache"] = True  # Trainer switches it off in the configuration, for good
-    if getattr(model.config, "rope_parameters", None):
-        finish_folder(folder, model.config, {}, raw)
-    else:
-        files.write_json(folder / "config.json", raw)
+    finish_folder(folder, model.config, {}, raw)
     return folder
 
 
@@ -332,11 +346,14 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> dict[str
 
 def _describe(config: PretrainedConfig, kind: str) -> dict[str, Any]:
     memory = getattr(config, "longctx", None) or {}
-    facts: dict[str, Any] = {"kind": kind, "family": family(config), "needs_plugin": is_ours(config), "methods": memory.get("methods", [])}
+    facts: dict[str, Any] = {
+        "kind": kind, "family": family(config), "needs_plugin": is_ours(config), "methods": memory.get("methods", []), "state": has_state(config),
+    }  # fmt: skip
     try:
         shape = rope.read_shape(config)
     except ValueError as error:
-        return facts | {"window": getattr(config, "max_position_embeddings", None), "supported": str(error)}
+        facts["window"] = window_of(config)
+        return facts | ({"layers": config.num_hidden_layers, "supported": True} if facts["state"] else {"supported": str(error)})
     return facts | {
         "trained_window": shape.window, "window": window_of(config), "rope": config.rope_parameters, "heads": shape.heads,
         "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "layers": shape.layers, "supported": True,
@@ -347,10 +364,12 @@ def _readers(config: PretrainedConfig) -> list[str]:
     """Runtimes that read the same frequencies from this configuration; rules and sources: see the README."""
     if is_ours(config):
         return ["transformers>=5 with hf_longctx imported"]
+    readers = ["transformers>=5"]
+    if has_state(config) and not rope.rotates(config):
+        return [*readers, "vLLM", "llama.cpp (convert_hf_to_gguf.py)"]
     parameters = getattr(config, "rope_parameters", None) or {}
     flat = parameters.get("full_attention", parameters)
     kind = flat.get("rope_type", "default")
-    readers = ["transformers>=5"]
     if not parameters or rope.read_by_v4(config):
         readers.append("transformers>=4.43")
     if kind in ("default", "yarn", "llama3") or (kind == "longrope" and flat["original_max_position_embeddings"] == config.max_position_embeddings):

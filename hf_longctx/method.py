@@ -9,10 +9,10 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from hf_longctx import methods as _folder
 from hf_longctx.schema import STRICT_KEYS, build, nearest
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-SLOTS = ("rope", "bias", "attention", "embedding", "positions", "state")
+SLOTS = ("rope", "bias", "attention", "embedding", "positions", "state", "delta")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,40 @@ class StateSource(Protocol):
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """What a `delta` method may know of a state-space model.
+
+    Attributes:
+        family: the configuration's `model_type`.
+        layers: how many.
+        channels: step sizes that a token has in each of them: one a channel in Mamba-1, one a head in Mamba-2.
+    """
+
+    family: str
+    layers: int
+    channels: int
+
+
+class StepSizes(Protocol):
+    """A model's step sizes on the text that a `delta` method is calibrated on, windows of equal length."""
+
+    shape: StateShape
+
+    def perplexity(self, method: "Method") -> float:
+        """Of the windows, each from an empty state, with `method` in the model; infinite where it is not a number."""
+
+    def layers(self) -> "Iterator[tuple[Tensor, Tensor]]":
+        """By layer: Delta as it is without any method, [windows, tokens, channels], and A, [channels, states] (Mamba-2: 1 state)."""
+
+
+class Calibrated(NamedTuple):
+    """What calibration found: the method to remember, and by layer the tensors that its modules measure, if any."""
+
+    method: "Method"
+    tensors: "Sequence[Mapping[str, Tensor]]" = ()
+
+
+@dataclass(frozen=True)
 class Method:
     """One way past a model's trained window: a subclass is one file in `hf_longctx/methods/`."""
 
@@ -179,6 +213,22 @@ class Method:
 
     def state(self) -> "StateSource":
         """Where a state-space model's windows start from: a new object for each training run, see `StateSource`."""
+        raise NotImplementedError
+
+    def delta(self, shape: StateShape, layer: int) -> "nn.Module":
+        """What changes the step sizes of a state-space layer: `module(delta) -> delta`, [batch, tokens, channels], float32 at least.
+
+        After the softplus, before anything is discretised; see `hf_longctx.modules.StepSize`.
+        """
+        raise NotImplementedError
+
+    @property
+    def calibration(self) -> tuple[int, int] | None:
+        """For a `delta` method: how many windows of how many tokens it has yet to be calibrated on; None if on none."""
+        return None
+
+    def calibrate(self, steps: StepSizes) -> Calibrated:
+        """For a `delta` method: find what it needs, from text for training."""
         raise NotImplementedError
 
     @property
@@ -284,6 +334,6 @@ def describe(cls: type[Method]) -> dict[str, Any]:
 
 
 __all__ = [
-    "SLOTS", "Frequencies", "Method", "RopeChange", "Shape", "StateSource", "describe", "field", "in_slot", "load_method", "load_methods",
+    "SLOTS", "Calibrated", "Frequencies", "Method", "RopeChange", "Shape", "StateShape", "StateSource", "StepSizes", "describe", "field", "in_slot", "load_method", "load_methods",
     "method", "method_class", "method_names", "require", "require_factor", "require_positive",
 ]  # fmt: skip

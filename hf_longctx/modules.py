@@ -16,19 +16,23 @@ class Formula(nn.Module):
     """`formula(values, ...)` with its parameters and constants, in float32 whatever the model's dtype.
 
     Args:
-        formula: called with `values`, the tensors of `learned` and `fixed` by name, and what the slot passes.
+        formula: called with `values`, the tensors of all of these by name, and what the slot passes.
         learned: initial values of the parameters, by name; numbers, or a function that returns them.
         fixed: constants, by name, likewise; they are not saved.
+        measured: what calibration finds, by name, NaN until then; saved, and not trained.
     """
 
-    def __init__(self, formula: Callable[..., Any], *, learned: Mapping[str, Any] | None = None, fixed: Mapping[str, Any] | None = None):
+    def __init__(
+        self, formula: Callable[..., Any], *, learned: Mapping[str, Any] | None = None, fixed: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.formula = formula
-        self.learned, self.fixed = dict(learned or {}), dict(fixed or {})
+        self.learned, self.fixed, self.measured = dict(learned or {}), dict(fixed or {}), dict(measured or {})
         for name, value in self.start(self.learned):
             self.register_parameter(name, nn.Parameter(value))
-        for name, value in self.start(self.fixed):
-            self.register_buffer(name, value, persistent=False)
+        for name, value in [*self.start(self.fixed), *self.start(self.measured)]:
+            self.register_buffer(name, value, persistent=name in self.measured)
 
     @staticmethod
     def start(values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
@@ -37,14 +41,19 @@ class Formula(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Parameters and constants, as the formula reads them."""
-        return {name: getattr(self, name) for name in (*self.learned, *self.fixed)}
+        return {name: getattr(self, name) for name in self.initial}
+
+    @property
+    def initial(self) -> dict[str, Any]:
+        """What parameters and constants are at first, by name."""
+        return self.learned | self.fixed | self.measured
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {[*value.shape]}" for name, value in self.values().items())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Formula":
         """Moves to another device, but not to half precision: positions need all of float32."""
-        before = {name: getattr(self, name).data for name in (*self.learned, *self.fixed)}
+        before = {name: getattr(self, name).data for name in self.initial}
         super()._apply(fn, recurse)  # type: ignore[arg-type]
         for name, value in before.items():
             tensor = getattr(self, name)
@@ -93,6 +102,13 @@ class Embedding(Formula):
     def forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
         values = self.values()
         return embeds + (values["gain"] * self.formula(values, positions)).to(embeds.dtype)
+
+
+class StepSize(Formula):
+    """Changed step sizes: `module(delta)`; shape: `Method.delta`."""
+
+    def forward(self, delta: Tensor) -> Tensor:
+        return self.formula(self.values(), delta)
 
 
 class PerLayer(nn.Module):

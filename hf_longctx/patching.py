@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_longctx import __version__
-from hf_longctx.integration import auto, rope
+from hf_longctx.integration import auto, delta, rope
 from hf_longctx.integration.configs import is_ours
 from hf_longctx.method import Method, RopeChange, in_slot
 
@@ -26,8 +27,9 @@ def model_methods(methods: Sequence[Method]) -> tuple[Method, ...]:
 def patch_config(config: PretrainedConfig, methods: Sequence[Method]) -> tuple[RopeChange | None, dict[str, Any]]:
     """Apply `methods` to a configuration, starting from what the model was *trained* with, not from an earlier patch.
 
-    Returns the change of frequencies, for the proof (None without methods), and every other key that was changed with it. With a
-    bias, attention or embedding method the configuration becomes one of ours (`integration.auto`).
+    Returns the change of frequencies, for the proof (None without methods, and for a model without positions), and every other key
+    that was changed with it. With a bias, attention, embedding or delta method the configuration becomes one of ours
+    (`integration.auto`).
 
     Raises:
         ValueError: the family is not supported, or a method does not fit it.
@@ -41,16 +43,19 @@ def _patch(config: PretrainedConfig, methods: Sequence[Method]) -> tuple[RopeCha
     methods = model_methods(methods)
     if not methods:
         return None, {}
+    auto.check_family(config, methods)
+    if all(item.slots == ("delta",) for item in methods):
+        for item in methods:
+            if item.calibration is None:
+                item.delta(delta.read_shape(config), 0)  # values that do not fit are refused before anything is changed
+        auto.claim(config, methods)
+        config.longctx = _memory(config, methods, rope.trained_window(config))
+        return None, {}
     shape = rope.read_shape(config)
     changer = in_slot(methods, "rope")
     change = changer.rope(shape) if changer else rope.unchanged(config, shape)
     auto.claim(config, methods)
-    memory = {
-        "version": __version__,
-        "trained": {"rope_parameters": copy.deepcopy(dict(rope.trained_rope(config))), "window": shape.window},
-        "methods": [item.to_dict() for item in methods],
-        "window": change.window,
-    }
+    memory = _memory(config, methods, change.window)
     # A bias reaches past the window that it was trained on.
     others = rope.unslide(config, math.inf if is_ours(config) else change.window)
     config.longctx = memory
@@ -60,24 +65,37 @@ def _patch(config: PretrainedConfig, methods: Sequence[Method]) -> tuple[RopeCha
     return change, others
 
 
-def prove_config(config: PretrainedConfig, change: RopeChange) -> None:
+def _memory(config: PretrainedConfig, methods: Sequence[Method], window: int | None) -> dict[str, Any]:
+    """What `config.longctx` holds."""
+    trained = copy.deepcopy(dict(rope.trained_rope(config))) if rope.rotates(config) else None
+    return {
+        "version": __version__,
+        "trained": {"rope_parameters": trained, "window": rope.trained_window(config)},
+        "methods": [item.to_dict() for item in methods],
+        "window": window,
+    }
+
+
+def prove_config(config: PretrainedConfig, change: RopeChange | None) -> None:
     """Prove `change`, and the modules of other slots, without weights. Raises RuntimeError if something did not take effect."""
-    rope.prove(rope.rotary_module(config), change, rope.layer_type(config))
+    if change is not None:
+        rope.prove(rope.rotary_module(config), change, rope.layer_type(config))
     auto.prove_class(config)
     if is_ours(config):
         auto.prove_config(config)
 
 
-def prove_model(model: PreTrainedModel, change: RopeChange) -> None:
-    """The same on a model with weights."""
-    rope.prove(rope.rotary_of(model), change, rope.layer_type(model.config))
+def prove_model(model: PreTrainedModel, change: RopeChange | None) -> None:
+    """The same on a model with weights. Raises ValueError if a method was never calibrated."""
+    if change is not None:
+        rope.prove(rope.rotary_of(model), change, rope.layer_type(model.config))
     auto.prove_class(model.config)
     if is_ours(model.config):
         auto.prove(model)
 
 
-def patch_model(model: PreTrainedModel, methods: Sequence[Method]) -> PreTrainedModel:
-    """Patch a live model in place and return it; the same as loading it patched.
+def patch_model(model: PreTrainedModel, methods: Sequence[Method], tensors: Sequence[Mapping[str, torch.Tensor]] = ()) -> PreTrainedModel:
+    """Patch a live model in place and return it; the same as loading it patched. `tensors`: what calibration found, by layer.
 
     Raises:
         ValueError: as `patch_config`; also where every layer slides, which only a freshly built model can change.
@@ -88,20 +106,20 @@ def patch_model(model: PreTrainedModel, methods: Sequence[Method]) -> PreTrained
     change, others = _patch(trial, methods)
     if "layer_types" in others:
         raise ValueError(f"every layer of this {config.model_type} slides over {config.sliding_window} tokens: patch the checkpoint, then load it")
-    if change is None:
+    if not methods:
         return model
     if is_ours(trial):
         auto.check_model(model)
     patch_config(config, methods)
     rope.rebuild(model, config)
     auto.convert(model)
+    if tensors:
+        auto.set_measured(model, tensors)
     prove_model(model, change)
     return model
 
 
-def window_of(config: PretrainedConfig) -> int:
-    """The window of a (patched) model: what its method aims at, or what it was trained for."""
+def window_of(config: PretrainedConfig) -> int | None:
+    """The window of a (patched) model: what its method aims at, or what it was trained for; None for a model without positions."""
     memory = getattr(config, "longctx", None)
-    if not memory:
-        return rope.trained_window(config) if getattr(config, "rope_parameters", None) else int(config.max_position_embeddings)
-    return int(memory["window"])
+    return memory["window"] if memory else rope.trained_window(config)

@@ -21,6 +21,7 @@ import hf_longctx
 from hf_longctx import files
 from hf_longctx.hub import trainer_options
 from hf_longctx.recipe import dump_recipe, parse_recipe
+from tests.conftest import byte_tokenizer, tiny_model, write_tokens
 from tests.fake_hub import FakeHub
 from tests.test_card import evaluation
 
@@ -204,6 +205,21 @@ torch.save(model(torch.arange(3, 103)[None].to(model.device)).logits.cpu(), {str
     with torch.no_grad():
         wanted = hf_longctx.load(made / "adapter", device="cpu").model(torch.arange(3, 103)[None]).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted)
+
+
+def test_a_state_space_model_with_changed_step_sizes(hub, client, tmp_path):
+    """Its thresholds go up with the weights, and whoever has the plugin gets the same model by its id."""
+    tiny_model("mamba2", hidden_size=16, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=8).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    tokens = write_tokens(tmp_path, 2, 100)
+    hf_longctx.patch(tmp_path / "base", {"name": "delta_filter", "trained": 20, "target": 80}, tmp_path / "filtered", data=tokens)
+    assert client("push", tmp_path / "filtered", "tester/filtered").status == 0
+    code = "import hf_longctx, torch; m, _ = hf_longctx.load('tester/filtered', device='cpu'); print(type(m).__name__, m(torch.arange(9)[None]).logits.sum().item())"
+    with torch.no_grad():
+        want = hf_longctx.load(tmp_path / "filtered", device="cpu").model(torch.arange(9)[None]).logits.sum().item()
+    run = client("python", code)
+    assert run.out.split()[0] == "LongctxMamba2ForCausalLM", run.err
+    assert float(run.out.split()[1]) == pytest.approx(want, rel=1e-5)
 
 
 def test_private_branch_and_pull_request(hub, client, made):

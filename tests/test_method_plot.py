@@ -18,7 +18,7 @@ from hf_longctx.method_plot import HIDDEN, WINDOW, common_shape, plot_method, re
 NEEDED = {
     "dynamic_ntk": {"factor": 4}, "linear": {"factor": 4}, "llama3": {"factor": 4}, "ntk": {"factor": 4}, "yarn": {"factor": 4},
     "longrope": {"factor": 4, "long_factor": [4.0] * 64, "short_factor": [1.0] * 64}, "theta": {"theta": 1e6, "target": "16k"},
-    "noise": {"sigma": 1},
+    "noise": {"sigma": 1}, "mamba_extend": {"scales": 0.5}, "delta_filter": {"trained": "2k", "target": "16k"},
 }  # fmt: skip
 DRAWN = {"bias", "attention", "embedding", "rope", "positions"}
 

@@ -770,8 +770,8 @@ def test_the_adapter_law_catches_a_hook_that_reads_the_original(tmp_path, monkey
         return args, kwargs
 
     monkeypatch.setattr(model, "_longctx_hook", stale.__get__(model))
-    model._longctx_handle.remove()
-    model._longctx_handle = model.get_decoder().register_forward_pre_hook(model._longctx_hook, with_kwargs=True)
+    model._longctx_handles.pop().remove()
+    model._longctx_handles.append(model.get_decoder().register_forward_pre_hook(model._longctx_hook, with_kwargs=True))
     with pytest.raises((AssertionError, TypeError)):
         law_an_adapter_holds_the_methods(model, tmp_path, ["longctx_bias"])
 

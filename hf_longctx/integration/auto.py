@@ -1,4 +1,4 @@
-"""Models with a bias, attention or embedding method: classes of their own, so that nothing loads them as something else.
+"""Models with a bias, attention, embedding or delta method: classes of their own, so that nothing loads them as something else.
 
 `hf_longctx_llama` is Transformers' llama and the modules that `config.longctx` names. Stock Auto classes refuse that name; with
 `hf_longctx` imported, before or after transformers, they load it.
@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_longctx.integration import rope
+from hf_longctx.integration import delta, rope, steps
 from hf_longctx.integration.attention import LONGCTX, locate
-from hf_longctx.integration.configs import FAMILIES, PREFIX, class_name, config_class, family, is_ours
+from hf_longctx.integration.configs import DELTA_FAMILIES, FAMILIES, PREFIX, class_name, config_class, family, is_ours
 from hf_longctx.method import Method, in_slot, load_methods
 from hf_longctx.modules import Formula, PerLayer
 
-SLOTS = ("bias", "attention", "embedding")
+SLOTS = ("bias", "attention", "embedding", "delta")
 if TYPE_CHECKING:
     _Base = PreTrainedModel
 else:
@@ -38,6 +39,7 @@ class LongctxModel(_Base):
 
     _keep_in_fp32_modules_strict = {f"longctx_{slot}" for slot in SLOTS}
     _longctx_off = False
+    _longctx_handles: Sequence[RemovableHandle]
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         wanted = config._attn_implementation
@@ -50,7 +52,7 @@ class LongctxModel(_Base):
         """Fill what a checkpoint does not hold. Constants are never in one; parameters are not until they were trained and saved."""
         if not isinstance(module, Formula):
             return super()._init_weights(module)
-        for name, value in module.start(module.learned | module.fixed):
+        for name, value in module.start(module.initial):
             init.copy_(getattr(module, name), value)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,9 +78,25 @@ class LongctxModel(_Base):
         return (), kwargs | {"longctx": tokens}
 
 
+class LongctxStateModel(LongctxModel):
+    """Mixed into a state-space model of Transformers: the modules of its delta method, and the hooks that hand them to the scans."""
+
+    longctx_delta: PerLayer
+    _longctx_seen: steps.Seen | None = None
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        super(LongctxModel, self).set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _longctx_enter(self, mixer: Any, args: tuple[Any, ...]) -> None:
+        steps.enter(mixer, None if self._longctx_off else self.longctx_delta.of(mixer.layer_idx), self._longctx_seen)
+
+    def _longctx_leave(self, mixer: Any, args: tuple[Any, ...], output: Any) -> None:
+        steps.leave()
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The model without its bias, scaling and position embedding."""
+    """The model without its bias, scaling, position embedding and changed step sizes."""
     if not isinstance(model, LongctxModel):
         yield
         return
@@ -108,14 +126,20 @@ def install(model: PreTrainedModel) -> None:
     """Give a model of ours the modules of its `config.longctx`, in place of those it has."""
     uninstall(model)
     config = model.config
-    shape, methods = rope.read_shape(config), load_methods(config.longctx["methods"])
+    methods = load_methods(config.longctx["methods"])
+    if isinstance(model, LongctxStateModel):
+        model.longctx_delta = PerLayer([_step_size(config, layer) for layer in range(config.num_hidden_layers)]).to(model.device)
+        model._longctx_handles = delta.hook(model, model._longctx_enter, model._longctx_leave)
+        return
+    shape = rope.read_shape(config)
     for slot in SLOTS:
         item = in_slot(methods, slot)
         if item is not None:
             count = config.num_hidden_layers if slot == "attention" or getattr(item, "per_layer", False) else 1
             setattr(model, f"longctx_{slot}", PerLayer([getattr(item, slot)(shape) for _ in range(count)]).to(model.device))
+    decoder: Any = model.get_decoder()
     # A bound method, which copy.deepcopy binds to the copy.
-    model._longctx_handle = model.get_decoder().register_forward_pre_hook(model._longctx_hook, with_kwargs=True)  # type: ignore[operator, union-attr]
+    model._longctx_handles = [decoder.register_forward_pre_hook(model._longctx_hook, with_kwargs=True)]  # type: ignore[assignment]
     model.set_attn_implementation("sdpa")
 
 
@@ -123,25 +147,32 @@ def uninstall(model: Any) -> None:
     """Remove what `install` put there."""
     for slot in _slots(model):
         delattr(model, f"longctx_{slot}")
-    if hasattr(model, "_longctx_handle"):
-        model._longctx_handle.remove()
-        del model._longctx_handle
+    for handle in vars(model).pop("_longctx_handles", ()):
+        handle.remove()
+
+
+def _step_size(config: PretrainedConfig, layer: int) -> Formula:
+    """A new module of the delta method of a configuration."""
+    item = in_slot(load_methods(config.longctx["methods"]), "delta")
+    assert item is not None
+    return item.delta(delta.read_shape(config), layer)  # type: ignore[return-value]
+
+
+def check_family(config: PretrainedConfig, methods: Sequence[Method]) -> None:
+    """Raise ValueError if a method needs a class of ours and there is none for the family."""
+    for item in methods:
+        for slot in set(item.slots) & set(SLOTS):
+            families = DELTA_FAMILIES if slot == "delta" else FAMILIES
+            if family(config) not in families:
+                raise ValueError(f"{item.name} works on {', '.join(families)} so far, not on {family(config)}")
 
 
 def claim(config: PretrainedConfig, methods: Sequence[Method]) -> None:
-    """Give a configuration the class that its methods need, ours or the stock one.
-
-    Raises:
-        ValueError: the family is none of `FAMILIES`.
-    """
-    if not needs_class(methods):
-        if is_ours(config):
-            _become(config, CONFIG_MAPPING[family(config)], stock_class(config).__name__)
-        return
-    if family(config) not in FAMILIES:
-        named = next(item.name for item in methods if set(item.slots) & set(SLOTS))
-        raise ValueError(f"{named} works on {', '.join(FAMILIES)} so far, not on {family(config)}")
-    _become(config, config_class(family(config)), class_name(stock_class(config)))
+    """Give a configuration the class that its methods need, ours or the stock one."""
+    if needs_class(methods):
+        _become(config, config_class(family(config)), class_name(stock_class(config)))
+    elif is_ours(config):
+        _become(config, CONFIG_MAPPING[family(config)], stock_class(config).__name__)
 
 
 def _become(config: PretrainedConfig, kind: Any, architecture: str) -> None:
@@ -160,7 +191,7 @@ def stock_class(config: PretrainedConfig) -> Any:
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless `convert` can give the model a class of ours."""
     if not isinstance(model, stock_class(model.config)):
-        raise ValueError(f"bias, attention and embedding methods work on {stock_class(model.config).__name__}, not on {type(model).__name__}")
+        raise ValueError(f"bias, attention, embedding and delta methods work on {stock_class(model.config).__name__}, not on {type(model).__name__}")
 
 
 def convert(model: PreTrainedModel) -> None:
@@ -189,6 +220,9 @@ def prove(model: PreTrainedModel) -> None:
 
     On the meta device the first half is proved, without weights or memory.
     """
+    if isinstance(model, LongctxStateModel):
+        _prove_steps(model)
+        return
     seen: list[int] = []
 
     def look(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -212,6 +246,29 @@ def prove(model: PreTrainedModel) -> None:
                     raise RuntimeError(f"the patch did not take effect: {name}.{constant} is not what its method computes")
 
 
+def _prove_steps(model: LongctxStateModel) -> None:
+    item = in_slot(load_methods(model.config.longctx["methods"]), "delta")
+    assert item is not None
+    modules: Any = model.longctx_delta.layers
+
+    def make(layer: int) -> Formula:
+        made = _step_size(model.config, layer)
+        made.load_state_dict(modules[layer].state_dict())
+        return made
+
+    missing = [name for module in modules for name in module.measured if getattr(module, name).isnan().any()]
+    if missing and model.device.type != "meta":
+        raise ValueError(f"{item.name} has not been calibrated: give data to `longctx patch` (--data FILE), and load what it writes")
+    delta.prove(model, make)
+
+
+def set_measured(model: Any, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give the modules of the delta slot, by layer, what their calibration found."""
+    for module, found in zip(model.longctx_delta.layers, tensors, strict=True):
+        for name, value in found.items():
+            getattr(module, name).copy_(value)
+
+
 def prove_class(config: PretrainedConfig) -> None:
     """Raise RuntimeError unless a patched configuration is of the class, and has the name, that its methods need."""
     needed = needs_class(load_methods(config.longctx["methods"]))
@@ -222,7 +279,8 @@ def prove_class(config: PretrainedConfig) -> None:
 def prove_config(config: PretrainedConfig) -> None:
     """`prove` on a model without weights. Its RoPE is proved elsewhere, and some types read positions, which meta has not."""
     small = copy.deepcopy(config)
-    small.rope_parameters = _unscaled(config.rope_parameters)
+    if rope.rotates(config):
+        small.rope_parameters = _unscaled(config.rope_parameters)
     with torch.device("meta"):
         prove(AutoModelForCausalLM.from_config(small))
 
@@ -239,7 +297,8 @@ def model_class(name: str) -> Any:
     config = config_class(name)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
     kept = set(getattr(stock, "_keep_in_fp32_modules_strict", None) or ()) | LongctxModel._keep_in_fp32_modules_strict
-    made = type(class_name(stock), (LongctxModel, stock), {"config_class": config, "_keep_in_fp32_modules_strict": kept, "__module__": __name__})
+    mixed_in = LongctxStateModel if name in DELTA_FAMILIES else LongctxModel
+    made = type(class_name(stock), (mixed_in, stock), {"config_class": config, "_keep_in_fp32_modules_strict": kept, "__module__": __name__})
     globals()[made.__name__] = made
     AutoModelForCausalLM.register(config, made)
     for old, new in ((stock.__name__, made.__name__), (name, config.model_type)):  # gpt_neox's files call lm_head embed_out

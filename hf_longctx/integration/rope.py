@@ -25,20 +25,25 @@ def check_supported(config: PretrainedConfig) -> None:
     name = family(config)
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         raise ValueError(f"{name} is a multimodal model; give the checkpoint of its text model")
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters or getattr(config, "alibi", False):
+    if not rotates(config):
         raise ValueError(f"{name} has no rotary position embedding, so there is no rope to change")
     if name == "phimoe":
         raise ValueError("phimoe multiplies cos and sin by a long_mscale and a short_mscale of its own, which is not supported")
     if getattr(config, "kv_lora_rank", None) or getattr(config, "qk_rope_head_dim", None):
         raise ValueError(f"{name} uses multi-head latent attention (MLA), whose decoupled RoPE is not supported")
-    extended = _entry(parameters, config)
+    extended = _entry(config.rope_parameters, config)
     if "mrope_section" in extended or extended["rope_type"] == "axial":
         raise ValueError(f"{name} uses a multi-axis RoPE ({'mrope_section' if 'mrope_section' in extended else 'axial'}), which is not supported")
     if trained_parameters(config).get("rope_type") not in {"default", *_SCALED_STATIC} and not _one_list(_entry(trained_rope(config), config)):
         kind = _entry(trained_rope(config), config)["rope_type"]
         why = "whose frequencies depend on the length" if kind in ("dynamic", "longrope") else "which we cannot read"
         raise ValueError(f"{name} was trained with rope_type {kind!r}, {why}; it cannot be scaled further")
+
+
+def rotates(config: PretrainedConfig) -> bool:
+    """Whether the model has RoPE. State-space models have no positions at all; some families choose by a key, RoPE's stay there."""
+    chosen = getattr(config, "position_embedding_type", "rope") == "rope" and not getattr(config, "alibi", False)
+    return chosen and bool(getattr(config, "rope_parameters", None))
 
 
 def trained_rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -52,16 +57,16 @@ def trained_parameters(config: PretrainedConfig) -> dict[str, Any]:
     return _entry(trained_rope(config), config)
 
 
-def trained_window(config: PretrainedConfig) -> int:
-    """How many positions the model was trained on."""
+def trained_window(config: PretrainedConfig) -> int | None:
+    """How many positions the model was trained on; None for a model without positions, whose configuration does not tell."""
     memory = getattr(config, "longctx", None)
     if memory:
-        return int(memory["trained"]["window"])
-    parameters = _entry(config.rope_parameters, config)
-    window = int(config.max_position_embeddings)
-    if parameters["rope_type"] == "yarn":  # Qwen states YaRN beside the unscaled limit
+        return memory["trained"]["window"]
+    window = getattr(config, "max_position_embeddings", None)
+    parameters = _entry(getattr(config, "rope_parameters", None) or {}, config)
+    if parameters.get("rope_type") == "yarn":  # Qwen states YaRN beside the unscaled limit
         window = max(window, round(parameters["original_max_position_embeddings"] * parameters["factor"]))
-    return window
+    return None if window is None else int(window)
 
 
 def read_shape(config: PretrainedConfig) -> Shape:
@@ -79,7 +84,7 @@ def read_shape(config: PretrainedConfig) -> Shape:
     return Shape(
         family=family(config), hidden=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim, rotary_dim=rotary_dim,
-        theta=theta, trained=trained, rope_type=parameters["rope_type"], window=trained_window(config),
+        theta=theta, trained=trained, rope_type=parameters["rope_type"], window=_limit(config),
     )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def _mscales(native: Mapping[str, Any], window: int) -> dict[str, float]:
 def apply(config: PretrainedConfig, change: RopeChange) -> None:
     """Write `change` into a configuration object; modules built from it afterwards follow it."""
     parameters = rope_parameters(config, change)
-    window = change.window if change.raise_limit else trained_window(config)
+    window = change.window if change.raise_limit else _limit(config)
     _set_original(config, _entry(parameters, config).get("original_max_position_embeddings", window))
     config.rope_parameters = parameters
     config.max_position_embeddings = window
@@ -154,11 +159,11 @@ def rotary_module(config: PretrainedConfig) -> nn.Module:
     """
     small = copy.deepcopy(config)
     types = getattr(small, "layer_types", None)
-    if types:
-        small.layer_types = list(types)[:1]
-    small.num_hidden_layers = 1
     with torch.device("meta"):
         try:
+            if types:
+                small.layer_types = list(types)[:1]
+            small.num_hidden_layers = 1
             skeleton = AutoModelForCausalLM.from_config(small)
         except Exception:  # a family whose layers cannot be cut to one
             skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -308,9 +313,15 @@ def _as_longrope(change: RopeChange, theta: float) -> dict[str, Any]:
 def _as_trained(config: PretrainedConfig) -> PretrainedConfig:
     before = copy.deepcopy(config)
     before.rope_parameters = copy.deepcopy(dict(trained_rope(config)))
-    before.max_position_embeddings = trained_window(config)
+    before.max_position_embeddings = _limit(config)
     _set_original(before, trained_parameters(config).get("original_max_position_embeddings", before.max_position_embeddings))
     return before
+
+
+def _limit(config: PretrainedConfig) -> int:
+    window = trained_window(config)
+    assert window is not None, "a model with RoPE has a window"
+    return window
 
 
 def _rotary_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -32,6 +32,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_longctx.integration import steps
 from hf_longctx.integration.configs import family
 
 State = tuple[Tensor, Tensor]  # of a layer: convolution [batch, channels, kernel], SSM [batch, channels or heads, ...]
@@ -58,12 +59,21 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"no layer of this {name} is a state-space layer, so there is no state to pass on")
 
 
+def has_state(config: PretrainedConfig) -> bool:
+    """Whether `check_supported` has nothing against the configuration."""
+    try:
+        check_supported(config)
+    except ValueError:
+        return False
+    return True
+
+
 # --- The states, as plain data ---------------------------------------------------------------------------------------
 
 
 def zeros(model: nn.Module, batch: int) -> States:
     """The states before any text. Convolution states have the model's dtype, SSM states are float32 at least."""
-    return [(conv.weight.new_zeros(batch, conv.weight.shape[0], mixer.conv_kernel_size), _empty_ssm(mixer, batch)) for mixer, conv in _mixers(model)]
+    return [(conv.weight.new_zeros(batch, conv.weight.shape[0], mixer.conv_kernel_size), _empty_ssm(mixer, batch)) for mixer, conv in mixers(model)]
 
 
 def _empty_ssm(mixer: Any, batch: int) -> Tensor:
@@ -278,8 +288,8 @@ def prepare(model: nn.Module) -> None:
     Ordinary caches are served too: `generate` on a prepared Mamba-1 may be given a cache and more than one new token.
     """
     check_supported(model.config)  # type: ignore[arg-type]
-    for mixer, _ in _mixers(model):
-        if _dispatch(sys.modules[_stock_class(mixer).__module__]):
+    for mixer, _ in mixers(model):
+        if _dispatch(sys.modules[stock_class(mixer).__module__]):
             _hook(mixer, _enter, _leave)
     if CACHE_ARGUMENT[family(model.config)] == "past_key_values":
         _hook(model.get_decoder(), _keep_cache, _drop_cache)  # type: ignore[operator]
@@ -293,7 +303,7 @@ def _hook(module: Any, before: Callable[..., None], after: Callable[..., None]) 
         module._longctx_state = True
 
 
-def _mixers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+def mixers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Every state-space mixer with its convolution, in the order of the layers."""
     found = [m for m in model.modules() if all(hasattr(m, name) for name in ("A_log", "conv1d", "layer_idx"))]
     if not found:
@@ -302,7 +312,7 @@ def _mixers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         yield mixer, mixer.conv1d
 
 
-def _stock_class(mixer: nn.Module) -> type:
+def stock_class(mixer: nn.Module) -> type:
     """Transformers' class of a mixer, also where a library made a subclass of it."""
     return next(base for base in type(mixer).__mro__ if base.__module__.startswith("transformers."))
 
@@ -359,6 +369,9 @@ class _Scan:
         starts = getattr(_running, "starts", None)
         if not starts:  # no prepared mixer is running
             return self.stock(*args, **kwargs)
+        step = steps.current()
+        if step is not None:
+            args, kwargs = steps.selective_scan(step, *args, **kwargs)
         return scan_from(starts[-1], self.stock if has_kernel(args[0]) else None, *args, **kwargs)
 
 
@@ -382,7 +395,7 @@ def scan_from(
     if kernel is not None and start is None:
         return kernel(u, dt, a, b, c, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state, **options)
     wide = _wide(u.dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # it knows no meta device
         delta = dt.to(wide) if delta_bias is None else dt.to(wide) + delta_bias.to(wide)[:, None]
         delta = nn.functional.softplus(delta) if delta_softplus else delta
         a_wide, b_wide, c_wide = a.to(wide), b.to(wide), c.to(wide)

@@ -48,9 +48,10 @@ class Source:
 
 def clear(states: "States", rows: "Tensor") -> "States":
     """A copy with zeros in the given rows [rows]; what stood there does not matter, even if it was not finite."""
+    there = rows.to(states[0][0].device)  # once: each copy waits for the device
 
     def cleared(tensor: "Tensor") -> "Tensor":
-        return tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+        return tensor.masked_fill(there.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
     return [(cleared(conv), cleared(ssm)) for conv, ssm in states]
 

@@ -42,5 +42,5 @@ class Shuffled(Source):
         cycle = rng.permutation(len(final[0][0]))
         source = np.empty_like(cycle)
         source[cycle] = np.roll(cycle, 1)
-        rows = torch.from_numpy(np.resize(source, len(ended)))
-        return [(conv.index_select(0, rows.to(conv.device)), ssm.index_select(0, rows.to(ssm.device))) for conv, ssm in final]
+        rows = torch.from_numpy(np.resize(source, len(ended))).to(final[0][0].device)
+        return [(conv.index_select(0, rows), ssm.index_select(0, rows)) for conv, ssm in final]
