@@ -238,20 +238,27 @@ def inspect(model: Model, as_json: AsJson = False, revision: Revision = None) ->
         out.print_json(json.dumps(facts))
     else:
         plain = facts | {"methods": ", ".join(m["name"] for m in facts["methods"]) or "none", "loads_with": ", ".join(facts.get("loads_with", []))}
+        plain["window"] = facts["window"] or "none"
         _lines({key.replace("_", " "): value for key, value in plain.items()})
 
 
 @app.command()
-def patch(model: Model, method: Methods, out_folder: Out, overwrite: Overwrite = False, revision: Revision = None) -> None:
-    """Write MODEL with another position handling; weights are linked or copied, not loaded."""
+def patch(
+    model: Model, method: Methods, out_folder: Out, overwrite: Overwrite = False, revision: Revision = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="For methods that are calibrated: training text (.txt .jsonl .parquet), token ids (.npz) or a hub dataset.")] = None,
+) -> None:
+    """Write MODEL with another position handling or other step sizes; weights are linked or copied, and loaded only to calibrate."""
     _quiet_transformers()
     from hf_longctx.checkpoint import inspect_model
     from hf_longctx.checkpoint import patch as run
     from hf_longctx.schema import format_size
 
-    run(model, _specs(method), out_folder, revision=revision, overwrite=overwrite)
+    run(model, _specs(method), out_folder, revision=revision, overwrite=overwrite, data=data)
     facts = inspect_model(out_folder)
     names = ", ".join(m["name"] for m in facts["methods"])
+    if facts["window"] is None:
+        out.print(f"{out_folder}: step sizes changed by {names}; proved", markup=False)
+        return
     out.print(f"{out_folder}: window {format_size(facts['trained_window'])} -> {format_size(facts['window'])} by {names}; proved", markup=False)
 
 
@@ -260,12 +267,12 @@ def finetune(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", autocompletion=_complete(_recipe_names), help="A .yaml file, or the name of a shipped recipe.")],
     out_folder: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="The folder for checkpoints and the result; needed unless --dry-run.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. methods.0.factor=8; may be repeated. VALUE is YAML, or @file.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it (memory in GiB, lengths in tokens) with ./coverage.png, and train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve everything, show it (memory in GiB, lengths in tokens), with ./coverage.png where positions are chosen, and train nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     overwrite: Overwrite = False,
     num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Start this many processes, one a GPU.")] = 1,
 ) -> None:
-    """Train as RECIPE says: LoRA at a short window with skip-wise positions, or whatever the recipe asks for."""
+    """Train as RECIPE says: LoRA at a short window with skip-wise positions or passed states, or whatever the recipe asks for."""
     _quiet_transformers()
     from hf_longctx import planning, training
     from hf_longctx.recipe import read_recipe
@@ -331,7 +338,7 @@ def _evaluate_after(recipe: Any, folder: Path) -> bool:
 
     spec = recipe.eval
     facts = inspect_model(folder)
-    lengths = list(spec.lengths) or _doublings(facts.get("trained_window", facts["window"]), facts["window"])
+    lengths = list(spec.lengths) or _default_lengths(facts, recipe.window)
     try:
         return _run_evaluation(str(folder), list(spec.tasks), lengths, folder / "eval", data=spec.data, device=None)
     except Exception as error:  # the training is done and saved, whatever becomes of this
@@ -342,8 +349,10 @@ def _evaluate_after(recipe: Any, folder: Path) -> bool:
         return True
 
 
-def _doublings(low: int, high: int) -> list[int]:
-    lengths = [low]
+def _default_lengths(facts: dict[str, Any], training_window: int) -> list[int]:
+    """From the trained window to the present one; where there is none, as in state-space models, to 16 times the training window."""
+    high = facts["window"] or 16 * training_window
+    lengths = [facts.get("trained_window") or facts["window"] or training_window]
     while lengths[-1] * 2 <= high:
         lengths.append(lengths[-1] * 2)
     return lengths
@@ -353,31 +362,39 @@ def _show_plan(found: dict[str, Any]) -> None:
     from hf_longctx.reporting import plot_coverage
     from hf_longctx.schema import format_size
 
-    sampler = found["sampler"]
-    _lines(
-        {
-            "model": f"{found['model']} ({found['family']}, trained window {format_size(found['trained_window'])})",
-            "methods": "; ".join(_short(m) for m in found["methods"]) or "none",
-            "positions": _short(sampler),
-            "window": f"{format_size(found['window'])} -> positions up to {format_size(found['target'])}",
-            "data": f"{found['documents']:,} documents, {found['windows']:,} windows, {found['dropped']:,} documents dropped as too short",
-            "run": f"{found['steps']:,} steps x {found['batch']} windows = {found['tokens']:,} tokens, {found['epochs']:.2f} epochs",
-            "memory": ", ".join(f"{name} {size:.2f}" for name, size in found["memory"].items()) + " GiB (estimate)",
-        }
-    )
+    window, coverage = format_size(found["window"]), found["coverage"]
+    trained = f"trained window {format_size(found['trained_window'])}" if found["trained_window"] else "no window"
+    facts = {
+        "model": f"{found['model']} ({found['family']}, {trained})",
+        "methods": "; ".join(_short(m) for m in found["methods"]) or "none",
+        "positions": _short(found["sampler"]) if found["sampler"] else None,
+        "states": _states(found["state"]) if found["state"] else None,
+        "window": f"{window} -> positions up to {format_size(found['target'])}" if coverage else window,
+        "data": f"{found['documents']:,} documents, {found['windows']:,} windows, {found['dropped']:,} documents dropped as too short",
+        "run": f"{found['steps']:,} steps x {found['batch']} windows = {found['tokens']:,} tokens, {found['epochs']:.2f} epochs",
+        "memory": ", ".join(f"{name} {size:.2f}" for name, size in found["memory"].items()) + " GiB (estimate)",
+    }
+    _lines({key: value for key, value in facts.items() if value is not None})
     for number, sample in enumerate(found["samples"]):
         out.print(f"sample {number}  {sample['labels']} labels", markup=False)
         for chunk in sample["chunks"]:
             out.print(f"  positions {chunk['positions'][0]:>7}-{chunk['positions'][1]:<7} {chunk['text']!r}", markup=False)
         if sample["more"]:
             out.print(f"  and {sample['more']} more chunks", markup=False)
-    coverage = found["coverage"]
+    if coverage is None:
+        return
     bins = " ".join(f"{share:.3f}" for share in coverage["bins"])
     out.print(f"coverage of relative distances: share of examples that contain them, in 16 equal bins\n  {bins}", markup=False)
     out.print(f"  last half window {coverage['last_window']:.4f}; never met in {coverage['draws']} draws {coverage['never']:.1%}; pairs beyond the window {coverage['far_pairs']:.1%}", markup=False)
     picture = Path.cwd() / "coverage.png"  # not in --out, which has to be free when the run starts
-    plot_coverage(coverage, found["window"], picture, f"{sampler['name']}, {format_size(found['window'])} -> {format_size(found['target'])}")
+    plot_coverage(coverage, found["window"], picture, f"{found['sampler']['name']}, {window} -> {format_size(found['target'])}")
     out.print(f"  {picture}", markup=False)
+
+
+def _states(found: dict[str, Any]) -> str:
+    """How states are passed, in words."""
+    order = f"{found['lanes']} lanes of {found['windows_per_lane']:,.1f} windows an epoch" if found["lanes"] else "windows in random order"
+    return f"{_short(found['method'])}; {order}, of which {found['fresh']:.1%} begin a text"
 
 
 def _short(spec: dict[str, Any]) -> str:
@@ -419,13 +436,14 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; default: the checkpoint's, float32 on the CPU.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides keys, depths and resampling.")] = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a forward pass; default: as many as fill 65,536 tokens on a GPU, 4,096 on the CPU.")] = None,
+    chunk: Annotated[str | None, typer.Option("--chunk", metavar="SIZE", help="Tokens of a sequence a forward pass, e.g. 4k; default: state-space models in chunks, others at once.")] = None,
 ) -> None:
     """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped. Results tell time in seconds and memory in GiB."""
     _quiet_transformers()
     tasks = _specs(task) or [{"name": "passkey"}, {"name": "perplexity"}]
     failed = _run_evaluation(
         model, tasks, [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
-        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size,
+        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size, chunk=chunk,
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)

@@ -70,7 +70,8 @@ class Coverage(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.report_to and state.global_step == 0 and state.is_world_process_zero:
             found = coverage_of(self.what)
-            self.log({f"coverage/{key}": found[key] for key in ("last_window", "never", "far_pairs")})
+            if found is not None:
+                self.log({f"coverage/{key}": found[key] for key in ("last_window", "never", "far_pairs")})
 
 
 class Interrupt(TrainerCallback):

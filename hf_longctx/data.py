@@ -265,8 +265,7 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         self.first_token, self.mask_seams = first_token, mask_seams
         lengths, last = documents.lengths, documents.last_labels
         self.long = np.flatnonzero((lengths >= window) & (last > 0))
-        count = lengths // window if documents.trained is None else -(-last // window)
-        self.ends = np.cumsum(count[self.long])  # window number j belongs to the first long document whose end is above j
+        self.ends = np.cumsum(self._count(lengths, last)[self.long])  # window number j belongs to the first long document whose end is above j
         self.full = int(self.ends[-1]) if len(self.ends) else 0
         brief = np.flatnonzero((lengths < window) & (last > 0))
         self.packs = _pack(brief, lengths, window) if short == "pack" else []
@@ -275,6 +274,10 @@ class Windows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def __len__(self) -> int:
         return self.full + len(self.packs)
+
+    def _count(self, lengths: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Windows of documents of these lengths, whose last labels are there."""
+        return lengths // self.window if self.documents.trained is None else -(-last // self.window)
 
     def _item(self, epoch: int, rank: int) -> int:
         if self._order[0] != epoch:
@@ -344,7 +347,7 @@ def fit_sampler(sampler: Method, window: int, config: PretrainedConfig) -> Metho
     """`sampler` with the window of a patched configuration as its target.
 
     Raises:
-        ValueError: frequencies that depend on the length seen, another target, or one below `window`.
+        ValueError: a model without positions, frequencies that depend on the length seen, another target, or one below `window`.
     """
     if not hasattr(sampler, "target"):
         return sampler
@@ -352,6 +355,8 @@ def fit_sampler(sampler: Method, window: int, config: PretrainedConfig) -> Metho
         if not item.static:
             raise ValueError(f"{sampler.name} skips positions, but the frequencies of {item.name} depend on the length seen; use a static method such as yarn")
     target = window_of(config)
+    if target is None:
+        raise ValueError(f"{sampler.name} chooses positions, which {config.model_type} does not have; leave it out")
     wanted = sampler.target or target
     if wanted != target:
         raise ValueError(

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def set_tokenizer_limit(folder: Path, window: int) -> None:
-    """Set `model_max_length` in tokenizer_config.json and leave every other byte as it is, line ends included."""
+def set_tokenizer_limit(folder: Path, window: int | None) -> None:
+    """Set `model_max_length` in tokenizer_config.json and leave every other byte as it is, line ends included; None leaves it too."""
     path = folder / "tokenizer_config.json"
-    if not path.exists():
+    if window is None or not path.exists():
         return
     text = path.read_bytes()
     text, found = re.subn(rb'("model_max_length"\s*:\s*)(?:[0-9.eE+-]+|null|Infinity)', rb"\g<1>%d" % window, text, count=1)
@@ -143,4 +143,23 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         if aside.is_dir() and not path.exists():
             aside.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def add_files(folder: Path, last: Sequence[str]) -> Iterator[Path]:
+    """A scratch folder inside `folder` whose files move there when the block ends well, and vanish when it does not.
+
+    Those named in `last` go at the end, in this order, and are taken away before: while they are missing, `folder` is not finished.
+    """
+    scratch = folder / ".unfinished"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for name in last:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(scratch.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
+            path.replace(folder / path.name)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -125,6 +125,8 @@ def _liger() -> Any:
 class BlockLoss:
     """`compute_loss_func` for Trainer. The batch must carry `logits_to_keep: 1`.
 
+    Labels are [batch, tokens], or [batch, tokens + 1] where the token after the row's last is known.
+
     Args:
         model: the causal language model, wrapped by PEFT or not.
         compiled: as in `summed_loss`.
@@ -157,10 +159,10 @@ class BlockLoss:
         if weight.dtype != hidden.dtype:
             lower = min(weight.dtype, hidden.dtype, key=lambda kind: kind.itemsize)
             weight, hidden = weight.to(lower), hidden.to(lower)
-        total = summed_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten(), self.compiled, self._taught())
+        predicting = hidden[:, : labels.shape[1] - 1]  # every token, where there is one label more than tokens
+        total = summed_loss(predicting.flatten(0, 1), weight, labels[:, 1:].flatten(), self.compiled, self._taught())
         items = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != IGNORE).sum()
         return total / torch.as_tensor(items, device=total.device).clamp(min=1)  # all labels left out: 0, not NaN
-
 
     def _taught(self) -> TeacherStates | None:
         if self.teacher is None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto import CONFIG_MAPPING
@@ -16,6 +17,8 @@ from hf_longctx import checkpoint, files
 from hf_longctx.data import Mixture, Windows, check_source, coverage, fit_sampler, load_documents
 from hf_longctx.integration import rope
 from hf_longctx.integration.configs import family
+from hf_longctx.integration.state import check_supported, has_state, zeros
+from hf_longctx.lanes import Lanes, StateWindows, divide
 from hf_longctx.lora import add_lora
 from hf_longctx.method import Method, in_slot, method
 from hf_longctx.patching import MODEL_SLOTS, patch_config, window_of
@@ -31,6 +34,7 @@ class Plan:
 
     recipe: Recipe
     methods: tuple[Method, ...]  # those that change the model
+    passing: Method | None  # where windows start from; None for a model without a state
     sampler: Method
     config: PretrainedConfig  # patched
     tokenizer: PreTrainedTokenizerBase
@@ -40,14 +44,16 @@ class Plan:
     probed: tuple[Probed, ...]
 
     @cached_property
-    def dataset(self) -> Mixture:
+    def dataset(self) -> Mixture | Lanes:
         """The examples of the whole run, in order."""
         weights = [source.weight for source in self.recipe.data]
+        if self.passing is not None and self.passing.state().order == "stream":
+            return Lanes([s for s in self.sources if isinstance(s, StateWindows)], weights, self.batch, self.steps * self.batch)
         return Mixture(self.sources, weights, self.steps * self.batch, self.recipe.seed)
 
     @property
-    def target(self) -> int:
-        """The window of the model after training."""
+    def target(self) -> int | None:
+        """The window of the model after training; None if it has none."""
         return window_of(self.config)
 
 
@@ -65,30 +71,70 @@ def plan(recipe: Recipe, weights: bool = True) -> Plan:
         checkpoint.bitsandbytes_config(recipe.model.quantization)
     config, tokenizer = _config_and_tokenizer(recipe, weights)
     chosen = recipe.load_methods()
-    passing = in_slot(chosen, "state")
-    if passing is not None:
-        raise ValueError(f"{passing.name} passes states between windows, which recipes cannot do yet; in Python there is hf_longctx.integration.state")
     model_side = tuple(item for item in chosen if set(item.slots) & set(MODEL_SLOTS))
     patch_config(config, model_side)
-    if recipe.distill and recipe.window > rope.trained_window(config):
-        raise ValueError(f"distill: the base knows {rope.trained_window(config)} tokens, so it cannot teach a window of {recipe.window}")
-    embedding = in_slot(chosen, "embedding")
-    if recipe.distill and embedding is not None:
-        raise ValueError(f"distill: {embedding.name} adds to the token embeddings, where the teacher would read its tokens; leave one of the two out")
+    passing = _passing(recipe, chosen, config)
+    _check_distillation(recipe, chosen, config)
     sampler = fit_sampler(in_slot(chosen, "positions") or method("plain"), recipe.window, config)
-    begins = opening(tokenizer)
-    first = int(begins[0]) if len(begins) else None
-    sources = tuple(
-        Windows(load_documents(source, tokenizer), recipe.window, sampler, [recipe.seed, number], source.short, first, recipe.mask_seams)
-        for number, source in enumerate(recipe.data)
-    )
+    sources = tuple(_windows(recipe, number, tokenizer, sampler, passing) for number in range(len(recipe.data)))
     for source, windows in zip(recipe.data, sources, strict=True):
         _check_windows(source, windows, config, model_side)
     if recipe.eval is not None and recipe.eval.data is not None:
         check_source(DataSource(recipe.eval.data))
-    probed = make_cells(recipe.probe, tokenizer, config, recipe.seed) if recipe.probe is not None else ()
+    far = window_of(config) or 16 * recipe.window
+    probed = make_cells(recipe.probe, tokenizer, config, far, recipe.seed) if recipe.probe is not None else ()
     batch = _batch(recipe.train)
-    return Plan(recipe, model_side, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch), probed)
+    if passing is not None and passing.state().order == "stream":
+        _check_lanes(recipe, sources, batch)
+    return Plan(recipe, model_side, passing, sampler, config, tokenizer, sources, batch, _steps(recipe.train, sum(map(len, sources)), batch), probed)
+
+
+def _passing(recipe: Recipe, chosen: Sequence[Method], config: PretrainedConfig) -> Method | None:
+    """The state method of a run: the one that is named, or `zero` for a model with a state. ValueError for what does not go with it."""
+    passing = in_slot(chosen, "state")
+    if passing is not None:
+        check_supported(config)
+    elif not has_state(config):
+        return None
+    sampler = in_slot(chosen, "positions")
+    if sampler is not None:
+        raise ValueError(f"{sampler.name} chooses tokens and their positions, but {family(config)} reads text in order into a state; leave {sampler.name} out")
+    if recipe.distill:
+        raise ValueError(f"distill: {family(config)} has a state, which the teacher would not start from; leave distill out")
+    if recipe.compile == "on":
+        raise ValueError(f"compile: layers of {family(config)} start from states, which a compiled graph does not; leave compile out")
+    return passing or method("zero")
+
+
+def _check_distillation(recipe: Recipe, chosen: Sequence[Method], config: PretrainedConfig) -> None:
+    if not recipe.distill:
+        return
+    known = rope.trained_window(config)
+    if known is not None and recipe.window > known:
+        raise ValueError(f"distill: the base knows {known} tokens, so it cannot teach a window of {recipe.window}")
+    embedding = in_slot(chosen, "embedding")
+    if embedding is not None:
+        raise ValueError(f"distill: {embedding.name} adds to the token embeddings, where the teacher would read its tokens; leave one of the two out")
+
+
+def _windows(recipe: Recipe, number: int, tokenizer: PreTrainedTokenizerBase, sampler: Method, passing: Method | None) -> Windows:
+    """The training examples of one source."""
+    source, seed = recipe.data[number], [recipe.seed, number]
+    documents = load_documents(source, tokenizer)
+    begins = opening(tokenizer)
+    first = int(begins[0]) if len(begins) else None
+    if passing is not None:
+        return StateWindows(documents, recipe.window, seed, source.short, first)
+    return Windows(documents, recipe.window, sampler, seed, source.short, first, recipe.mask_seams)
+
+
+def _check_lanes(recipe: Recipe, sources: Sequence[Windows], lanes: int) -> None:
+    """Raises ValueError unless each source has lanes, and each lane a window."""
+    for source, windows, own in zip(recipe.data, sources, divide(lanes, [source.weight for source in recipe.data]), strict=True):
+        if own == 0:
+            raise ValueError(f"{source.path}: its weight {source.weight:g} gives it none of the {lanes} rows of a step; raise it, or the batch")
+        if len(windows) < own:
+            raise ValueError(f"{source.path} has {len(windows)} windows of {windows.window} tokens for {own} rows that read on; set a smaller batch or window")
 
 
 def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfig, methods: Sequence[Method]) -> None:
@@ -104,6 +150,8 @@ def _check_windows(source: DataSource, windows: Windows, config: PretrainedConfi
     if windows.packs and slides and reach < windows.window:
         reason = f"whose layers slide over {reach} tokens"
         raise ValueError(f"{source.path}: documents cannot be packed for {config.model_type}, {reason}; set short: drop")
+    if windows.packs and isinstance(windows, StateWindows):
+        raise ValueError(f"{source.path}: documents cannot be packed for {config.model_type}, whose state runs on from one to the next; set short: drop")
     for item in methods:
         if windows.packs and not item.packs:
             raise ValueError(f"{source.path}: documents cannot be packed with {item.name}, which sums over all keys of a row; set short: drop")
@@ -178,7 +226,8 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path, samples: int = 3) -
     shown = [what.dataset[i] for i in range(min(samples, len(what.dataset)))]
     return {
         "model": recipe.model.name or recipe.model.config, "family": family(what.config), "trained_window": rope.trained_window(what.config),
-        "methods": [item.to_dict() for item in what.methods], "sampler": what.sampler.to_dict(), "window": recipe.window, "target": what.target,
+        "methods": [item.to_dict() for item in what.methods], "sampler": None if what.passing else what.sampler.to_dict(),
+        "state": state_of(what), "window": recipe.window, "target": what.target,
         "documents": sum(len(s.documents) for s in what.sources), "windows": sum(map(len, what.sources)), "dropped": sum(s.dropped for s in what.sources),
         "steps": what.steps, "batch": what.batch, "tokens": what.steps * what.batch * recipe.window,
         "epochs": what.steps * what.batch / sum(map(len, what.sources)),
@@ -187,9 +236,23 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path, samples: int = 3) -
     }  # fmt: skip
 
 
-def coverage_of(what: Plan) -> dict[str, Any]:
-    """`coverage` of the run's sampler."""
+def coverage_of(what: Plan) -> dict[str, Any] | None:
+    """`coverage` of the run's sampler; None where no positions are chosen."""
+    if what.passing is not None or what.target is None:
+        return None
     return coverage(what.sampler, what.recipe.window, max(what.target, what.recipe.window))
+
+
+def state_of(what: Plan) -> dict[str, Any] | None:
+    """How a run passes states: the method, the lanes and the windows of one in an epoch, and the share of rows that begin a text."""
+    if what.passing is None:
+        return None
+    rows = what.dataset
+    lanes = [len(source) / own for source, own in zip(rows.sources, rows.given, strict=True)] if isinstance(rows, Lanes) else None
+    return {
+        "method": what.passing.to_dict(), "lanes": what.batch if lanes else None, "windows_per_lane": min(lanes) if lanes else None,
+        "fresh": rows.share_fresh if isinstance(rows, Lanes) else 1.0,
+    }  # fmt: skip
 
 
 def estimate_memory(what: Plan) -> dict[str, float]:
@@ -199,8 +262,8 @@ def estimate_memory(what: Plan) -> dict[str, float]:
     half = recipe.lora is not None and torch.cuda.is_available() and recipe.model.dtype != "float32"
     added = 0 if recipe.lora is None else trained * 4
     tokens = int(_count(recipe.train, "per_device_train_batch_size", 8)) * recipe.window
-    width, inner, layers = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.num_hidden_layers
-    per_layer = tokens * 2 * (8 * width + 4 * inner)  # 16-bit activations kept for backward
+    width, layers = config.hidden_size, config.num_hidden_layers
+    per_layer = tokens * _kept(config, what.passing is not None)
     recomputed = any(recipe.train.get(key) for key in ("gradient_checkpointing", "activation_checkpointing"))
     weights = total * (2 if half else 4)
     if recipe.model.quantization is not None:  # embeddings and output stay as they are, and PEFT makes them float32
@@ -212,7 +275,28 @@ def estimate_memory(what: Plan) -> dict[str, float]:
         "activations": tokens * 2 * width * layers + per_layer if recomputed else per_layer * layers,
         "logits": tokens * config.vocab_size * 8 if recipe.loss == "model" else (6 if recipe.distill else 3) * 2**28,
     }
+    if what.passing is not None:
+        parts["states"] = _states(what)
     return {name: size / 2**30 for name, size in parts.items()} | {"total": sum(parts.values()) / 2**30}
+
+
+def _kept(config: PretrainedConfig, states: bool) -> float:
+    """Bytes that a layer keeps of a token for the backward pass."""
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if not states:
+        return 2 * (8 * width + 4 * inner)  # 16-bit activations
+    if family(config) in ("mamba", "falcon_mamba"):  # what autograd keeps of a mixer in torch, in 16 bits and 32; kernels keep less
+        return 42 * inner
+    return 100 * getattr(config, "expand", getattr(config, "mamba_expand", 2)) * width
+
+
+def _states(what: Plan) -> float:
+    """Bytes of the states that a process holds between windows: of every row of a step in lanes, of the last micro-batch otherwise."""
+    train, lanes = what.recipe.train, isinstance(what.dataset, Lanes)
+    rows = _count(train, "per_device_train_batch_size", 8) * (_count(train, "gradient_accumulation_steps", 1) if lanes else 1)
+    with torch.device("meta"):
+        one = zeros(AutoModelForCausalLM.from_config(what.config), 1)
+    return rows * sum(part.numel() * part.element_size() for layer in one for part in layer)
 
 
 def _parameters(what: Plan) -> tuple[int, int]:
@@ -227,7 +311,8 @@ def _parameters(what: Plan) -> tuple[int, int]:
 
 def _show(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A training example for people: where its chunks lie, and how each begins."""
-    positions, ids = row["position_ids"], row["input_ids"]
+    ids = row["input_ids"]
+    positions = row.get("position_ids", np.arange(len(ids)))
     breaks = [0, *((positions[1:] - positions[:-1] != 1).nonzero()[0] + 1).tolist(), len(ids)]
     chunks = [
         {"positions": [int(positions[a]), int(positions[b - 1])], "tokens": b - a, "text": tokenizer.decode(ids[a : min(a + 12, b)])}

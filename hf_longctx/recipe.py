@@ -92,7 +92,7 @@ class EvalSpec:
     tasks: tuple[str | dict[str, Any], ...] = ("passkey", "perplexity")
     """Names, or {name: ..., key: value} with a task's options."""
     lengths: tuple[Size, ...] = ()
-    """Tokens (8k, 32k); by default the trained window, twice that, ... up to the target."""
+    """Tokens (8k, 32k); by default the trained window, twice that, ... up to the target, or 16 times `window` for a model that has neither."""
     data: str | None = None
     """Text or token ids for the tasks that need them, as data.path; by default Python's own documentation."""
 
@@ -108,7 +108,7 @@ class ProbeSpec:
     tasks: tuple[str | dict[str, Any], ...] = ({"name": "passkey", "n": 1},)
     """Names, or {name: ..., key: value} with a task's options; by default one passkey at each of ten depths."""
     lengths: tuple[Size, ...] = ()
-    """Tokens (8k, 32k); by default the target alone."""
+    """Tokens (8k, 32k); by default the target alone, or 16 times `window` for a model that has none."""
     every: PositiveInt = 100
     """Optimizer steps from one probe to the next."""
     stop_at: float | None = None
@@ -137,7 +137,7 @@ class Recipe:
     window: Size
     """Tokens of a training example (2k: 2048)."""
     methods: tuple[dict[str, Any], ...] = ()
-    """What changes the model and the positions, at most one a slot; `longctx methods` lists them."""
+    """What changes the model, the positions and the states that windows start from, at most one a slot; `longctx methods` lists them."""
     seed: int = 0
     """Decides everything that is random: first weights of the adapter, order and positions of the examples."""
     lora: dict[str, Any] | None = dataclasses.field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hf_longctx import checkpoint, files, hub
+from hf_longctx import checkpoint, files, hub, passing
 from hf_longctx.callbacks import Coverage, Interrupt, Progress
 from hf_longctx.cuda_graph import RecordedStep
 from hf_longctx.data import collate
@@ -25,8 +25,10 @@ from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
 from hf_longctx.integration.attention import expect_full_rows
 from hf_longctx.integration.configs import is_ours
+from hf_longctx.lanes import collate_rows
 from hf_longctx.lora import add_lora, base_model, is_quantised
 from hf_longctx.loss import BlockLoss, check_block_loss
+from hf_longctx.passing import Passing
 from hf_longctx.planning import Plan, as_recipe, plan
 from hf_longctx.probe import SECONDS, Probe
 from hf_longctx.recipe import Recipe, dump_recipe, read_recipe
@@ -58,18 +60,23 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
     """
     recipe = as_recipe(recipe)
     folder = Path(out).expanduser()
-    if not resume:
+    if resume:
+        _check_resumable(folder, recipe)
+    else:
         _check_free(folder, recipe, overwrite)
     push = hub.trainer_options(recipe, folder)
-    last = _resume_from(folder, recipe) if resume else None
     arguments = _arguments(recipe, folder)
     with arguments.main_process_first(desc="tokenising"):  # one process fills the caches, the others read them
         what = plan(recipe)
+    _check_arguments(arguments, what)
     if push and arguments.process_index == 0:  # what is wrong with it shows now, not after the training
         hub.open_repository(**push)
     set_seed(recipe.seed)
     model, mark = _build_model(what)
     trainer = _trainer(what, model, arguments)
+    last = last_checkpoint(folder, what.passing is not None) if resume else None
+    if last is not None and trainer.passing is not None:
+        trainer.passing.load(last)
     main = trainer.is_world_process_zero()
     if main and not resume:
         _start_folder(folder, recipe)
@@ -111,6 +118,21 @@ def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     return arguments
 
 
+def _check_arguments(arguments: TrainingArguments, what: Plan) -> None:
+    """Raises ValueError for what takes rows of a model with a state out of their order, or its layers apart."""
+    if what.passing is None:
+        return
+    dealing: Any = arguments.accelerator_config
+    changed = {
+        "fsdp": arguments.fsdp, "deepspeed": arguments.deepspeed, "torch_compile": arguments.torch_compile, "auto_find_batch_size": arguments.auto_find_batch_size,
+        "ignore_data_skip": arguments.ignore_data_skip, "dataloader_in_order": not arguments.dataloader_in_order,
+        "accelerator_config": dealing.split_batches or dealing.dispatch_batches,
+    }  # fmt: skip
+    for key, given in changed.items():
+        if given:
+            raise ValueError(f"train: {key} does not go with passing states ({what.passing.name}), where every row has its place; leave it out")
+
+
 def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Raises ValueError if `folder` is in use, or holds what the run reads. Nothing is touched before the recipe is known to work."""
     files.check_output(folder, overwrite)
@@ -121,13 +143,12 @@ def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
             raise ValueError(f"{folder} holds {given}, which this run reads; choose another --out")
 
 
-def _resume_from(folder: Path, recipe: Recipe) -> str | None:
-    """The checkpoint to go on from; None if the run was stopped before its first."""
+def _check_resumable(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError unless `folder` holds a run of this recipe."""
     if not (folder / RECIPE_FILE).exists():
         raise ValueError(f"{folder} holds no run to resume: there is no {RECIPE_FILE} in it")
     if read_recipe(folder / RECIPE_FILE) != recipe:
         raise ValueError(f"the recipe differs from the one in {folder / RECIPE_FILE}; resume with that one, or choose another --out")
-    return last_checkpoint(folder)
 
 
 def _start_folder(folder: Path, recipe: Recipe) -> None:
@@ -137,9 +158,13 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
     dump_recipe(recipe, folder / RECIPE_FILE)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; trainer_state.json is written last, so one without it was cut short."""
+def last_checkpoint(folder: Path, states: bool = False) -> str | None:
+    """The newest complete checkpoint; trainer_state.json is written last, so one without it was cut short.
+
+    None if the run was stopped before its first. With `states`, it has to hold those of every process.
+    """
     found = [p for p in folder.glob("checkpoint-*") if _readable(p / "trainer_state.json") and list(p.glob("optimizer*"))]
+    found = [p for p in found if passing.is_whole(p)] if states else found
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
@@ -171,10 +196,12 @@ def _build_model(what: Plan) -> tuple[nn.Module, str]:
 
 
 class _Trainer(Trainer):
-    """Trainer with the speed in its logs, so that the history, any tracker and our line show the same numbers, and steps as a CUDA graph."""
+    """Trainer with the speed in its logs, so that the history, any tracker and our line show the same numbers; with steps as a CUDA
+    graph, or steps that start from states."""
 
     progress: "Progress"
     recorded: RecordedStep | None = None
+    passing: Passing | None = None
 
     def record_steps(self, model: nn.Module) -> None:
         """From now on replay the training step of `model` as a CUDA graph."""
@@ -182,11 +209,20 @@ class _Trainer(Trainer):
         self.recorded = RecordedStep(lambda inputs, items: step(model, inputs, items), model.parameters())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.recorded is None:
-            # The model's own loss divides by it: without a label in the batch the loss is 0, not NaN.
-            items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.recorded is not None:
+            return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
+        # The model's own loss divides by it: without a label in the batch the loss is 0, not NaN.
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if self.passing is None:
             return super().training_step(model, inputs, items)
-        return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
+        with self.passing.window(inputs) as window:
+            return super().training_step(model, window, items)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The first thing of a checkpoint that is written."""
+        super().save_model(output_dir, _internal_call)
+        if self.passing is not None:
+            self.passing.save(output_dir or str(self.args.output_dir))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -195,7 +231,7 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
-def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trainer:
+def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> _Trainer:
     recipe = what.recipe
     blocks = recipe.loss == "blocks"
     if blocks:
@@ -210,10 +246,15 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> Trai
         arguments._n_gpu = 1
     trainer = _Trainer(
         model=model, args=arguments, train_dataset=what.dataset, processing_class=None,
-        data_collator=_Collator(blocks), compute_loss_func=_block_loss(recipe, model, recorded) if blocks else None,
+        data_collator=_Collator(blocks, what.passing is not None), compute_loss_func=_block_loss(recipe, model, recorded) if blocks else None,
     )  # fmt: skip
     if recorded:
         trainer.record_steps(model)
+    if what.passing is not None:
+        trainer.passing = Passing(
+            model, what.passing, micro_batches=arguments.gradient_accumulation_steps, seed=recipe.seed,
+            process=arguments.process_index, processes=arguments.world_size,
+        )  # fmt: skip
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
     trainer.progress = Progress(what.batch * recipe.window)
@@ -233,6 +274,7 @@ def _compiles(what: Plan, model: nn.Module) -> bool:
     if what.recipe.compile != "auto":
         return what.recipe.compile == "on"
     special = is_quantised(base_model(model)) or is_ours(what.config)  # a bias is added block by block, in a loop that compiles badly
+    special = special or what.passing is not None  # states come from outside the graph
     return torch.cuda.is_available() and what.steps >= 50 and not special
 
 
@@ -249,12 +291,19 @@ def _recordable(what: Plan, model: nn.Module, arguments: TrainingArguments) -> b
 
 @dataclass(frozen=True)
 class _Collator:
-    """`collate`, and with the block loss the logits of a single token."""
+    """`collate`, or for a model with a state `collate_rows`; with the block loss the logits of a single token."""
 
     blocks: bool
+    states: bool = False
 
     def __call__(self, rows: Any) -> dict[str, Any]:
-        return collate(rows) | ({"logits_to_keep": 1} if self.blocks else {})
+        batch = collate_rows(rows) if self.states else collate(rows)
+        if self.blocks:
+            return batch | {"logits_to_keep": 1}
+        if not self.states:
+            return batch
+        labels = batch["labels"]  # a model takes as many as tokens, unless they are shifted already
+        return batch | {"labels": labels[:, :-1], "shift_labels": labels[:, 1:].contiguous()}
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -265,12 +314,18 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
-def _save_result(what: Plan, model: Any, folder: Path, mark: str) -> None:
-    """The adapter with its sidecar and patched configuration, or the whole model."""
-    if what.recipe.lora is None:
-        what.tokenizer.model_max_length = what.target
+def _save_result(what: Plan, model: Any, out: Path, mark: str) -> None:
+    """The adapter with its sidecar and patched configuration, or the whole model; not there before it is whole."""
+    with files.add_files(out, (files.ADAPTER, "config.json")) as folder:
+        if what.recipe.lora is not None:
+            _save_adapter(what, model, folder, mark)
+            return
+        if what.target is not None:
+            what.tokenizer.model_max_length = what.target
         checkpoint.save(model, what.tokenizer, folder)
-        return
+
+
+def _save_adapter(what: Plan, model: Any, folder: Path, mark: str) -> None:
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     spec = what.recipe.model
@@ -286,7 +341,6 @@ def _save_result(what: Plan, model: Any, folder: Path, mark: str) -> None:
         revision = files.commit_of(source)
         for path in files.companions(source):
             if path.name != "generation_config.json":
-                (folder / path.name).unlink(missing_ok=True)  # there already when a finished run is resumed
                 files.place(path, folder)
         checkpoint.finish_folder(folder, what.config, {}, files.read_json(source / "config.json"))
     name = str(local.resolve()) if local.exists() else spec.name

@@ -10,6 +10,7 @@ import pytest
 from hf_longctx import data, planning, training
 from hf_longctx.recipe import SHIPPED, dump_recipe, json_schema, parse_recipe, parse_value, read_recipe, recipe_names
 from tests.conftest import FAMILIES, byte_tokenizer, tiny_model
+from tests.test_state import FAMILIES as STATEFUL
 
 TEXT = """
 seed: 3
@@ -163,9 +164,9 @@ def test_a_recipe_that_does_not_exist_is_an_error():
 
 def family_of(name: str) -> str:
     """The tiny family that stands for a hub model, by its name; llama for most."""
-    known = sorted(FAMILIES, key=len, reverse=True)
+    known = sorted([*FAMILIES, *STATEFUL], key=len, reverse=True)
     flat = name.lower().replace("-", "").replace(".", "").replace("_", "")
-    return "gpt_neox" if "pythia" in flat else next((f for f in known if f.removesuffix("_text") in flat), "llama")
+    return "gpt_neox" if "pythia" in flat else next((f for f in known if f.removesuffix("_text").replace("_", "") in flat), "llama")
 
 
 @pytest.mark.parametrize("name", recipe_names() or [pytest.param("", marks=pytest.mark.skip("no recipe is shipped yet"))])
@@ -175,10 +176,14 @@ def test_shipped_recipes_train_for_a_step(name, base, tokens, tmp_path):
     values = given.to_dict()
     if given.model.config is not None:
         values["model"]["tokenizer"] = str(base)
-        shrunk = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+        shrunk = {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+            "num_heads": 4, "head_dim": 32, "state_size": 8,
+        }  # fmt: skip
         values["model"]["config"] |= {key: value for key, value in shrunk.items() if key in values["model"]["config"]}
     else:
-        tiny_model(family_of(given.model.name)).save_pretrained(tmp_path / "model")
+        family = family_of(given.model.name)
+        tiny_model(family, **({"hidden_size": 16} | STATEFUL[family] if family in STATEFUL else {})).save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")
         values["model"] |= {"name": str(tmp_path / "model"), "revision": None}
     values["model"] |= {"dtype": "float32", "attn_implementation": None}
@@ -206,6 +211,10 @@ def _shape(family, hidden, inner, layers, heads, kv_heads, window, theta, vocabu
     }  # fmt: skip
 
 
+def _mixers(family, hidden, layers, vocabulary, **more):
+    return {"model_type": family, "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, **more}
+
+
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SHAPES = {  # what the vendors' config.json say
     "smollm2-135m-32k": _shape("llama", 576, 1536, 30, 9, 3, 8192, 100000, 49152, tie_word_embeddings=True),
@@ -215,6 +224,12 @@ SHAPES = {  # what the vendors' config.json say
     "qwen2.5-7b-128k": _shape("qwen2", 3584, 18944, 28, 28, 4, 32768, 1000000.0, 152064, sliding_window=131072, use_sliding_window=False, max_window_layers=28),
     "qwen3-8b-128k": _shape("qwen3", 4096, 12288, 36, 32, 8, 40960, 1000000, 151936, head_dim=128, sliding_window=None, use_sliding_window=False, max_window_layers=36),
 }
+STATES = {  # of models without positions
+    "mamba-130m-carry": _mixers("mamba", 768, 24, 50280, state_size=16, time_step_rank=48, tie_word_embeddings=True),
+    "mamba2-130m-carry": _mixers("mamba2", 768, 24, 50288, state_size=128, num_heads=24, head_dim=64, n_groups=1, tie_word_embeddings=True),
+    "falcon-mamba-7b-carry": _mixers("falcon_mamba", 4096, 64, 65024, state_size=16, time_step_rank=256, intermediate_size=8192, expand=16, tie_word_embeddings=False),
+}  # fmt: skip
+STATE_WEIGHTS = {"mamba-130m-carry": 0.1291, "mamba2-130m-carry": 0.1290, "falcon-mamba-7b-carry": 7.2727}  # in billions
 WEIGHTS = {  # parameters, in billions, and the window before and after
     "smollm2-135m-32k": (0.1345, 8192, 5 * 8192), "llama-2-7b-16k": (6.738, 4096, 16384), "llama-3.1-8b-256k": (8.030, 131072, 262144),
     "mistral-7b-128k": (7.248, 32768, 131072), "qwen2.5-7b-128k": (7.616, 32768, 131072), "qwen3-8b-128k": (8.191, 40960, 163840),
@@ -228,16 +243,18 @@ def true_shape(tmp_path, monkeypatch):
 
     def make(name, **changes):
         byte_tokenizer().save_pretrained(tmp_path / "model")
-        (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPES[name] | changes))
+        (tmp_path / "model" / "config.json").write_text(json.dumps((SHAPES | STATES)[name] | changes))
         recipe = read_recipe(name)
-        np.savez(tmp_path / "book.npz", np.arange(2 * recipe.window) % 250 + 3)
+        np.savez(tmp_path / "book.npz", np.arange((512 if name in STATES else 2) * recipe.window, dtype=np.uint16) % 250 + 3)
         return read_recipe(name, [f"model.name={tmp_path / 'model'}", f"data.path={tmp_path / 'book.npz'}"])
 
     return make
 
 
 def test_every_recipe_for_a_checkpoint_has_its_shape_here():
-    assert set(SHAPES) == set(WEIGHTS) == {name for name in recipe_names() if read_recipe(name).model.config is None and name != "demo"}
+    assert set(SHAPES) == set(WEIGHTS)
+    assert set(STATES) == set(STATE_WEIGHTS)
+    assert set(SHAPES | STATES) == {name for name in recipe_names() if read_recipe(name).model.config is None and name != "demo"}
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -256,6 +273,21 @@ def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true
     memory = found["memory"]
     assert memory["weights"] >= total * 2 / 2**30
     assert memory["total"] < 80  # on a CPU it counts 32-bit weights; one large GPU is enough
+
+
+@pytest.mark.parametrize("name", sorted(STATES))
+def test_shipped_recipes_for_models_with_a_state_resolve_on_their_true_shapes(name, true_shape):
+    recipe = true_shape(name)
+    found = planning.dry_run(recipe, samples=1)
+    assert (found["trained_window"], found["target"], found["coverage"], found["methods"]) == (None, None, None, [])
+    rows = found["batch"]
+    assert found["state"] == {"method": {"name": "carry", "probability": 0.0}, "lanes": rows, "windows_per_lane": 512 / rows, "fresh": rows / 512}
+    assert found["steps"] == recipe.train["max_steps"] == 500
+    assert recipe.data[0].tokens >= 500 * rows * recipe.window, "a window should not come twice"
+    total, trained = planning._parameters(planning.plan(recipe, weights=False))
+    assert total / 1e9 == pytest.approx(STATE_WEIGHTS[name], rel=1e-3)
+    assert trained == total if recipe.lora is None else 0 < trained < total / 50
+    assert found["memory"]["states"] < found["memory"]["total"] < 80
 
 
 def test_mistral_of_the_first_version_gets_full_attention(true_shape):

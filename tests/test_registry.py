@@ -195,12 +195,17 @@ LAYERS = {
     "on_import": set(),
     "modules": set(),
     "methods": {"method", "modules", "schema"},
-    "integration": {"method", "modules"},
+    "kernels": set(),
+    "integration": {"kernels", "method", "modules"},
     "patching": {"integration", "method", "schema", "__version__"},
-    "checkpoint": {"patching", "integration", "method", "schema", "files", "__version__"},
-    "lora": {"recipe"},
+    "calibration": {"data", "loss", "patching", "integration", "recipe", "method", "schema"},
+    "checkpoint": {"calibration", "patching", "integration", "recipe", "method", "schema", "files", "__version__"},
+    "lora": {"integration", "recipe"},
     "loss": {"lora"},
-    "planning": {"checkpoint", "probe", "lora", "data", "patching", "integration", "recipe", "task", "method", "schema", "files"},
+    "scoring": {"integration", "lora", "task"},
+    "lanes": {"data", "method"},
+    "passing": {"integration", "lora", "method"},
+    "planning": {"lanes", "checkpoint", "probe", "lora", "data", "patching", "integration", "recipe", "task", "method", "schema", "files"},
     "callbacks": {"planning"},
     "card": {"checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
     "hub": {"card", "checkpoint", "reporting", "recipe", "files", "__version__"},
@@ -221,7 +226,7 @@ def ours(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_imports_point_one_way(layer):
-    """Design, section 1: ... checkpoint -> patching -> integration -> method, modules <- methods/*."""
+    """... checkpoint -> patching -> integration -> method, modules, kernels; methods/* -> method, modules."""
     for path in [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else (PACKAGE / layer).glob("*.py"):
         assert ours(path) - {layer} <= LAYERS[layer], path.name
 

@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from hf_longctx import planning
 from hf_longctx.integration import state
 from hf_longctx.integration.state import CACHE_ARGUMENT, StatePassingCache, prepare
 from hf_longctx.method import method, method_names
@@ -692,8 +691,3 @@ def test_method_values_are_checked():
         method("carry").state().start(random_states(prepared("mamba")), torch.zeros(3, dtype=torch.bool), np.random.default_rng(0))
     with pytest.raises(ValueError, match="keeps nothing"):
         method("carry").state().load_state_dict({"0.ssm": torch.zeros(1)})
-
-
-def test_a_recipe_cannot_pass_states_yet(recipe):
-    with pytest.raises(ValueError, match=r"^carry passes states between windows, which recipes cannot do yet"):
-        planning.plan(planning.as_recipe(recipe | {"methods": [{"name": "carry"}]}))
