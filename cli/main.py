@@ -274,7 +274,7 @@ def finetune(
 ) -> None:
     """Train as RECIPE says: LoRA at a short window with skip-wise positions or passed states, or whatever the recipe asks for."""
     _quiet_transformers()
-    from hf_longctx import planning, training
+    from hf_longctx import hub, planning, training
     from hf_longctx.recipe import read_recipe
 
     found = read_recipe(recipe, changes or [])
@@ -295,9 +295,16 @@ def finetune(
     if os.environ.get("RANK", "0") != "0":
         return
     out.print(f"{out_folder}: {'an adapter' if found.lora is not None else 'a model'}", markup=False)
-    if found.train.get("push_to_hub"):
+    pushed = hub.trainer_options(found, out_folder)
+    if pushed:
         out.print(f"{out_folder}: pushed to the hub", markup=False)
-    if found.eval is not None and _evaluate_after(found, out_folder):
+    if found.eval is None:
+        return
+    failed = _evaluate_after(found, out_folder)
+    if pushed and (out_folder / "eval" / "results.json").is_file():
+        hub.push(out_folder, results=out_folder / "eval", **pushed)
+        out.print(f"{out_folder}: its evaluation is in the card", markup=False)
+    if failed:
         raise typer.Exit(1)
 
 

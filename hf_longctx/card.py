@@ -18,6 +18,7 @@ from hf_longctx import __version__, files
 from hf_longctx.checkpoint import inspect_model
 from hf_longctx.evaluation import spelled
 from hf_longctx.method import in_slot, load_methods, method_names
+from hf_longctx.provenance import in_words
 from hf_longctx.recipe import Recipe, parse_recipe
 from hf_longctx.reporting import check_results, plot_results, table
 from hf_longctx.schema import format_size
@@ -119,10 +120,9 @@ def _text_of(run: Mapping[str, Any]) -> str:
 
 
 def _about(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    versions = run.get("versions", {})
     parts = [f"text: {_text_of(run)}"] + [f"{key}: {', '.join(sorted({str(row[key]) for row in rows}))}" for key in ("seed", "dtype")]
     parts += [f"machine: {run['machine']}"] if "machine" in run else []
-    return "; ".join(parts + [f"{key} {versions[key]}" for key in ("hf_longctx", "transformers", "torch") if key in versions])
+    return "; ".join(parts + in_words(run))
 
 
 def _pictures(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, bytes]:
@@ -230,7 +230,7 @@ def _making(path: Path, facts: Mapping[str, Any], base: Base, method: str, recip
 
 
 def _training(path: Path, recipe: Recipe) -> dict[str, str]:
-    """What the recipe says, and the numbers of the last checkpoint if it is still there."""
+    """What the recipe says, and what became of it."""
     positions, source = (in_slot(recipe.load_methods(), slot) for slot in ("positions", "state"))
     lora = recipe.lora
     rows = {
@@ -238,13 +238,12 @@ def _training(path: Path, recipe: Recipe) -> dict[str, str]:
         "also trained": ", ".join(recipe.also_train), "training window": f"{format_size(recipe.window)} tokens",
         "training positions": f"`{spelled(positions)}`" if positions else "", "windows start from": f"`{spelled(source)}`" if source else "", "distillation": f"{recipe.distill:g}" if recipe.distill else "",
         "data": "; ".join(LOCAL if each.path == LOCAL else " ".join(filter(None, (each.path, each.name, each.split))) for each in recipe.data), "seed": str(recipe.seed),
-        "recipe": "[recipe.yaml](recipe.yaml)",
+        "recipe": f"[{files.RECIPE}]({files.RECIPE})",
     }  # fmt: skip
-    states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda state: int(state.parent.name.rpartition("-")[2]))
-    if states:
-        state = files.read_json(states[-1])
-        tokens = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
-        rows["tokens"] = f"{state['global_step']:,} steps" + (f", {tokens[-1]:,} tokens" if tokens else "")
+    if (path / files.TRAINING).is_file():
+        run = files.read_json(path / files.TRAINING)
+        rows["tokens"] = f"{run['steps']:,} steps, {run['tokens']:,} tokens"
+        rows["hardware"] = f"{run['processes']} x {run['machine']}; " + ", ".join(in_words(run))
     return rows
 
 

@@ -7,6 +7,7 @@ adapter with `longctx.json` (methods, base, revision, fingerprint of the base) a
 import copy
 import hashlib
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -307,6 +308,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | 
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:
     """Fold an adapter into its base and save a stock checkpoint with the scaled configuration. The vocabulary stays as it is.
 
+    The recipe of the run, and what became of it, come along for the model card.
+
     Raises:
         ValueError: `adapter` is not an adapter of ours; the base is missing or another model; `out` is in use.
     """
@@ -318,6 +321,9 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, over
     merged = loaded.model.merge_and_unload()  # type: ignore[operator]
     with files.new_folder(out, overwrite) as scratch:
         save(merged, loaded.tokenizer, scratch)
+        for name in (files.RECIPE, files.TRAINING):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, scratch / name)
     return Path(out)
 
 

@@ -10,16 +10,16 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_longctx import __version__, checkpoint, files
+from hf_longctx import checkpoint, files
 from hf_longctx.data import check_source, load_documents
 from hf_longctx.method import Method, load_methods
+from hf_longctx.provenance import provenance
 from hf_longctx.recipe import DataSource
 from hf_longctx.reporting import plot_results
 from hf_longctx.schema import parse_size
@@ -329,10 +329,7 @@ def _resume(folder: Path, arguments: Row, subjects: Sequence[Subject]) -> dict[K
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds something that is not an evaluation; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    about = {"versions": versions | {"hf_longctx": __version__, "python": platform.python_version()}, "machine": machine}
-    files.write_json(path, {"arguments": plain, "trained_windows": {s.label: s.trained_window() for s in subjects}} | about)
+    files.write_json(path, {"arguments": plain, "trained_windows": {s.label: s.trained_window() for s in subjects}} | provenance())
     return {}
 
 

@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 SIDECAR = "longctx.json"
+RECIPE = "recipe.yaml"  # of the run that made a folder
+TRAINING = "training.json"  # and what became of it: steps, tokens, machine, versions
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -62,7 +64,7 @@ def commit_of(folder: Path) -> str | None:
 def companions(folder: Path) -> list[Path]:
     """Everything of a model but its configuration and weights: tokenizer, generation settings, licence."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    ours = {"config.json", SIDECAR, ADAPTER, "trainer_state.json", "results.json", "run.json"}
+    ours = {"config.json", SIDECAR, ADAPTER, TRAINING, "trainer_state.json", "results.json", "run.json"}
     return sorted(p for p in found if p.name not in ours and not p.name.endswith(".index.json"))
 
 

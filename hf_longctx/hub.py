@@ -22,7 +22,6 @@ from hf_longctx.recipe import Recipe, dump_recipe, read_recipe
 from hf_longctx.reporting import check_results
 
 logger = logging.getLogger(__name__)
-RECIPE = "recipe.yaml"
 README = "README.md"
 _MODEL = ("model*.safetensors", "model*.safetensors.index.json")
 _ADAPTER = (files.ADAPTER, "adapter_model.safetensors", files.SIDECAR)
@@ -33,7 +32,7 @@ _BOTH = (
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
 # What a loader would take for this model: left from an earlier push, it would be loaded in its place.
-_REPLACED = (*_MODEL, *_ADAPTER, RECIPE, f"{PICTURES}/*.png")
+_REPLACED = (*_MODEL, *_ADAPTER, files.RECIPE, f"{PICTURES}/*.png")
 _PATH_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file"}
 
 
@@ -73,12 +72,12 @@ def push(
         raise ValueError(f"a pull request is opened against the default branch: leave out either it or the revision {revision!r}")
     files.local_folder(folder)
     measured = check_results([results] if isinstance(results, str | Path) else results)
-    recipe = read_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    recipe = read_recipe(folder / files.RECIPE) if (folder / files.RECIPE).is_file() else None
     found, local = _find_base(folder, base, recipe)
     content = _model_files(folder, found.name)
     if recipe is not None:
         recipe = public_recipe(recipe, found.name)
-        content[RECIPE] = _dumped(recipe)
+        content[files.RECIPE] = _dumped(recipe)
     api = HfApi(library_name="hf_longctx", library_version=__version__)
     with _explained(folder, repo_id):
         if base is not None and not api.repo_exists(base):
@@ -143,7 +142,7 @@ def _find_base(folder: Path, given: str | None, recipe: Recipe | None) -> tuple[
         raise ValueError(f"base must be the hub id of a model, got {given!r}")
     adapter = (folder / files.ADAPTER).exists()
     note = checkpoint.read_sidecar(folder) if adapter else {}
-    known, revision = (note["base"], note["revision"]) if note else (recipe.model.name, recipe.model.revision) if recipe else (None, None)
+    known, revision = (note["base"], note["revision"]) if note else (recipe.model.name, _trained_revision(folder, recipe)) if recipe else (None, None)
     # An adapter remembers a local base by its absolute path, a recipe in the words of its writer.
     named = known is None or (looks_like_hub_id(known) if note else is_hub_id(known))
     local = None if named or known is None else Path(known).expanduser()
@@ -154,6 +153,12 @@ def _find_base(folder: Path, given: str | None, recipe: Recipe | None) -> tuple[
     if adapter:
         raise ValueError(f"{folder} was trained on {known}, which nobody else has; add --base HUB_ID, the hub id of the same model")
     return Base(), local
+
+
+def _trained_revision(folder: Path, recipe: Recipe) -> str | None:
+    """The commit of the base that was trained, or what the recipe calls it."""
+    path = folder / files.TRAINING
+    return (files.read_json(path).get("revision") if path.is_file() else None) or recipe.model.revision
 
 
 def _model_files(folder: Path, base: str | None) -> dict[str, Path | bytes]:
@@ -176,8 +181,8 @@ def _public(path: Path, base: str | None) -> Path | bytes:
 
 def _dumped(recipe: Recipe) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        dump_recipe(recipe, Path(folder, RECIPE))
-        return Path(folder, RECIPE).read_bytes()
+        dump_recipe(recipe, Path(folder, files.RECIPE))
+        return Path(folder, files.RECIPE).read_bytes()
 
 
 def _readme(folder: Path, repo_id: str, revision: str | None, there: bool) -> str:

@@ -1,6 +1,7 @@
 """finetune: LoRA (or every weight) at a short window with skip-wise positions, through Transformers' Trainer and PEFT."""
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from hf_longctx.loss import BlockLoss, check_block_loss
 from hf_longctx.passing import Passing
 from hf_longctx.planning import Plan, as_recipe, plan
 from hf_longctx.probe import SECONDS, Probe
+from hf_longctx.provenance import provenance
 from hf_longctx.recipe import Recipe, dump_recipe, read_recipe
 
 logger = logging.getLogger(__name__)
-RECIPE_FILE = "recipe.yaml"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -87,7 +88,7 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
     if guard.asked:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; add --resume to go on")
     if main:
-        _save_result(what, model, folder, mark)
+        _save_result(what, model, folder, mark, trainer.state.global_step)
         if push:
             hub.push(folder, **push)
     return folder
@@ -145,17 +146,17 @@ def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
 
 def _check_resumable(folder: Path, recipe: Recipe) -> None:
     """Raises ValueError unless `folder` holds a run of this recipe."""
-    if not (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} holds no run to resume: there is no {RECIPE_FILE} in it")
-    if read_recipe(folder / RECIPE_FILE) != recipe:
-        raise ValueError(f"the recipe differs from the one in {folder / RECIPE_FILE}; resume with that one, or choose another --out")
+    if not (folder / files.RECIPE).exists():
+        raise ValueError(f"{folder} holds no run to resume: there is no {files.RECIPE} in it")
+    if read_recipe(folder / files.RECIPE) != recipe:
+        raise ValueError(f"the recipe differs from the one in {folder / files.RECIPE}; resume with that one, or choose another --out")
 
 
 def _start_folder(folder: Path, recipe: Recipe) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    dump_recipe(recipe, folder / RECIPE_FILE)
+    dump_recipe(recipe, folder / files.RECIPE)
 
 
 def last_checkpoint(folder: Path, states: bool = False) -> str | None:
@@ -314,15 +315,26 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
-def _save_result(what: Plan, model: Any, out: Path, mark: str) -> None:
+def _save_result(what: Plan, model: Any, out: Path, mark: str, steps: int) -> None:
     """The adapter with its sidecar and patched configuration, or the whole model; not there before it is whole."""
     with files.add_files(out, (files.ADAPTER, "config.json")) as folder:
+        files.write_json(folder / files.TRAINING, _run(what, steps))
         if what.recipe.lora is not None:
             _save_adapter(what, model, folder, mark)
             return
         if what.target is not None:
             what.tokenizer.model_max_length = what.target
         checkpoint.save(model, what.tokenizer, folder)
+
+
+def _run(what: Plan, steps: int) -> dict[str, Any]:
+    """What a model card says of the run beside its recipe; `revision` is the commit of a base from the hub."""
+    name = what.recipe.model.name
+    source = None if name is None or checkpoint.is_gguf(name) else files.local_folder(name, what.recipe.model.revision)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        "revision": source and files.commit_of(source), "steps": steps, "tokens": steps * what.batch * what.recipe.window, "processes": processes,
+    } | provenance()  # fmt: skip
 
 
 def _save_adapter(what: Plan, model: Any, folder: Path, mark: str) -> None:

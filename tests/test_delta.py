@@ -246,6 +246,7 @@ def test_it_changes_the_model(name, family, patched):
     assert (logits(model) - logits(stock(family))).abs().max() > 0.1
 
 
+@pytest.mark.floor
 @DELTA
 @METHODS
 def test_cached_decoding_equals_one_pass(name, family, patched):

@@ -142,7 +142,9 @@ def test_a_merged_model_loads_by_its_id_without_this_package(hub, client, enviro
     assert out == f"{made / 'merged'}: {hub.url}/tester/merged/commit/{hub.repos['tester/merged'].at('main').oid}\n"
     assert contents(made / "merged") == before
     found = hub.files("tester/merged")
-    assert set(found) == MODEL | {"LICENSE", "longctx/passkey.png", "longctx/perplexity.png"}
+    assert set(found) == MODEL | {"LICENSE", "recipe.yaml", "longctx/passkey.png", "longctx/perplexity.png"}
+    assert "| tokens | 2 steps, 128 tokens |" in found["README.md"].decode()
+    assert re.search(r"\| hardware \| 1 x \w+; hf_longctx \S+, transformers \S+, torch \S+ \|", found["README.md"].decode())
     assert found["model.safetensors"] == (made / "merged" / "model.safetensors").read_bytes()
     for name, data in found.items():
         assert str(made.parent).encode() not in data, name
@@ -228,12 +230,12 @@ def test_private_branch_and_pull_request(hub, client, made):
     one_line(client("push", made / "merged", "tester/base", "--private"), 2, "tester/base is there already and is public")
     assert client("push", made / "merged", "tester/branches", "--revision", "v2").status == 0
     repo = hub.repos["tester/branches"]
-    assert set(hub.files("tester/branches", "v2")) == MODEL | {"LICENSE"}
+    assert set(hub.files("tester/branches", "v2")) == MODEL | {"LICENSE", "recipe.yaml"}
     assert not hub.files("tester/branches")
     assert b'revision="v2"' in hub.files("tester/branches", "v2")["README.md"]
     status, out, _ = client("push", made / "merged", "tester/branches", "--create-pr")
     assert (status, out) == (0, f"{made / 'merged'}: {hub.url}/tester/branches/discussions/1\n")
-    assert set(hub.files("tester/branches", "refs/pr/1")) == MODEL | {"LICENSE"}
+    assert set(hub.files("tester/branches", "refs/pr/1")) == MODEL | {"LICENSE", "recipe.yaml"}
     assert len(repo.branches["main"]) == 1
 
 
@@ -322,20 +324,24 @@ def test_offline_is_said_in_a_line(hub, client, environment, made):
         offline.close()
 
 
-def test_finetune_pushes_its_result_once(hub, client, recipe, tmp_path):
+def test_finetune_pushes_its_result_and_then_what_was_measured(hub, client, recipe, tmp_path):
     recipe["model"]["name"] = "tester/base"
+    recipe["eval"] = {"tasks": [{"name": "passkey", "n": 1, "depths": 2}], "lengths": [320]}
     recipe["train"] |= {"max_steps": 2, "save_steps": 1, "push_to_hub": True, "hub_model_id": "tester/tuned", "hub_private_repo": True, "hub_revision": "run1"}
     dump_recipe(parse_recipe(recipe), tmp_path / "recipe.yaml")
     hub.log.clear()
     one_line(client("finetune", tmp_path / "recipe.yaml", "--out", tmp_path / "out", token="hf_read"), 2, "your token may not write to tester/tuned")
     assert not (tmp_path / "out").exists()  # before anything was trained
     status, out, err = client("finetune", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
-    assert (status, out.splitlines()[-1]) == (0, f"{tmp_path / 'out'}: pushed to the hub"), err
+    lines = out.splitlines()
+    assert (status, lines[-1]) == (0, f"{tmp_path / 'out'}: its evaluation is in the card"), err
+    assert f"{tmp_path / 'out'}: pushed to the hub" in lines
     repo = hub.repos["tester/tuned"]
     assert repo.private
-    assert [len(commits) for commits in repo.branches.values()] == [1, 2]  # main: made; run1: made, and the result
+    assert [len(commits) for commits in repo.branches.values()] == [1, 3]  # main: made; run1: made, the result, its evaluation
     found = hub.files("tester/tuned", "run1")
-    assert set(found) == ADAPTER
+    assert set(found) == ADAPTER | {"longctx/passkey.png"}
+    assert b"| tuned | passkey:" in found["README.md"]
     commit = hub.repos["tester/base"].at("main").oid
     assert json.loads(found["longctx.json"]) | {"base": "tester/base", "revision": commit} == json.loads(found["longctx.json"])
     assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == "tester/base"  # not the folder of the cache
@@ -383,13 +389,14 @@ def test_from_a_hub_id_to_a_hub_id(hub, client, recipe, tmp_path, methods, flags
         ["finetune", tmp_path / "recipe.yaml", "--out", adapter],
         ["merge", adapter, "--out", merged],
         ["eval", merged, "--baseline", "tester/base", "--lengths", "320", "--task", "passkey:n=1,depths=2", "--task", "perplexity", "--out", results],
-        ["push", merged, own, "--base", "tester/base", "--results", results],
+        ["push", merged, own, "--results", results],
         ["push", adapter, f"{own}-lora"],
     ):
         done = client(*words)
         assert done.status == 0, done
     card = hub.files(own)["README.md"].decode()
     assert "base_model: tester/base" in card
+    assert f"`tester/base` at `{hub.repos['tester/base'].at('main').oid}`" in card
     assert methods[-2 if methods is ROPE else -1]["name"] in card
     assert ("import hf_longctx" in loading_lines(hub.files(own)["README.md"])) == (methods is BIAS)
     load = """

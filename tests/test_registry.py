@@ -207,7 +207,8 @@ LAYERS = {
     "passing": {"integration", "lora", "method"},
     "planning": {"lanes", "checkpoint", "probe", "lora", "data", "patching", "integration", "recipe", "task", "method", "schema", "files"},
     "callbacks": {"planning"},
-    "card": {"checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
+    "provenance": {"__version__"},
+    "card": {"provenance", "checkpoint", "evaluation", "recipe", "reporting", "method", "schema", "files", "__version__"},
     "hub": {"card", "checkpoint", "reporting", "recipe", "files", "__version__"},
 }
 

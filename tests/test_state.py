@@ -164,6 +164,7 @@ def stock_cache(model, start):
     return cache
 
 
+@pytest.mark.floor
 @EVERY
 @pytest.mark.parametrize("size", [1, 7, 16, 33])
 def test_cut_anywhere(family, size):
@@ -176,6 +177,7 @@ def test_two_halves_have_the_gradient_of_one_whole(family):
     law_two_halves_have_the_gradient_of_one_whole(prepared(family))
 
 
+@pytest.mark.floor
 @EVERY
 def test_checkpointing_changes_no_gradient(family):
     law_checkpointing_changes_no_gradient(prepared(family), from_states)

@@ -209,6 +209,7 @@ def furthest(out, wanted):
     return max(float((parameter.detach() - wanted[name]).abs().max()) for name, parameter in found.named_parameters())
 
 
+@pytest.mark.floor
 @EVERY
 def test_a_run_equals_one_written_by_hand(recipe_for, tmp_path, family):
     recipe = recipe_for(family, "carry", train=PLAIN)
@@ -415,7 +416,7 @@ def test_an_adapter_loads_and_merges_to_the_trained_model(recipe_for, folder_of,
     out = training.finetune(recipe_for(family, "carry", lora={"r": 2}), tmp_path / "out")
     note = checkpoint.read_sidecar(out)
     assert (note["base"], note["methods"]) == (str(folder_of(family)), [])
-    assert training.read_recipe(out / training.RECIPE_FILE).methods == ({"name": "carry"},)
+    assert training.read_recipe(out / files.RECIPE).methods == ({"name": "carry"},)
     merged = checkpoint.merge(out, tmp_path / "merged")
     assert (said(out) - said(folder_of(family))).abs().max() > 1e-3
     torch.testing.assert_close(said(merged), said(out), atol=1e-5, rtol=1e-4)
