@@ -83,6 +83,16 @@ def test_every_gradient(names, checkpointing, calls, monkeypatch):
         assert (got[name] - want[name]).abs().max() <= 2e-4 * want[name].abs().max(), name
 
 
+def test_autocast_reaches_the_kernel(calls, monkeypatch):
+    """With float32 weights RoPE leaves queries and keys in float32; values are in half precision."""
+    model, ids = patched("llama", ("alibi", "yarn")).to(DEVICE), tokens()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        got = model(ids).logits.float()
+        want = blocks(monkeypatch, lambda: model(ids).logits.float())
+    assert [t.dtype for t in calls[0][:3]] == 3 * [torch.float16]
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
 def test_left_padding(calls, monkeypatch):
     model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
     mask = torch.ones_like(ids)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.masking_utils import sdpa_mask
@@ -503,6 +504,25 @@ def test_the_padding_law_catches_padding_that_is_counted(name, monkeypatch):
 @cases(FEW)
 def test_generation_agrees(family, names):
     law_generation_agrees(patched(family, names))
+
+
+def test_a_pipeline_generates(tmp_path, capfd):
+    """By the name of a folder, a prompt alone and two of different length together, without a word about an unknown model."""
+    hf_longctx.save(patched("llama", ("mkl_alibi", "log_n", "nope")), byte_tokenizer(), tmp_path)
+    model, tokenizer = hf_longctx.load(tmp_path, device="cpu")
+    prompts = ["Where does it say so?", "Here"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    wanted = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        wanted.append(tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True))
+    writer = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu", dtype=torch.float32)
+    assert isinstance(writer.model, auto.LongctxModel)
+    writer.tokenizer.padding_side = "left"
+    together = writer(prompts, batch_size=2, return_full_text=False, **options)
+    alone = [writer(prompt, return_full_text=False, **options) for prompt in prompts]
+    assert [[row["generated_text"] for row in rows] for rows in together] == [[row["generated_text"] for row in rows] for rows in alone] == [[w] for w in wanted]
+    assert "not supported" not in capfd.readouterr().err
 
 
 def test_the_generation_law_catches_a_cache_whose_end_is_read(monkeypatch):

@@ -23,6 +23,7 @@ from hf_longctx.reporting import plot_results, table
 from hf_longctx.scoring import score_cells
 from hf_longctx.task import Cell, Scored, load_task
 from tests.conftest import byte_tokenizer, largest_tensor, tiny_config, tiny_model, write_tokens
+from tests.test_evaluation import assert_equal
 from tests.test_ruler import tokenizer_of
 from tests.test_state import EVERY, MAMBA_1, SSM_ONLY, TOKENS, VOCABULARY, stock
 
@@ -41,14 +42,6 @@ def one_whole(model, cell: Cell) -> Scored:
     known = torch.from_numpy(cell.targets)
     nll = F.cross_entropy(logits[: len(known)], known, reduction="none").numpy()
     return Scored(np.append(nll, [np.nan] * (cell.stop - cell.start - len(known))), logits.argmax(-1).numpy(), logits.softmax(-1).numpy())
-
-
-def assert_equal(found, wanted, tolerance=1e-5):
-    assert len(found) == len(wanted)
-    for a, b in zip(found, wanted, strict=True):
-        assert a.nll.shape == a.best.shape == b.nll.shape
-        assert np.allclose(a.nll, b.nll, rtol=tolerance, atol=tolerance, equal_nan=True)
-        assert np.array_equal(a.best, b.best)
 
 
 def law_chunks_are_one_whole(family, chunk, batch_size=None):

@@ -54,9 +54,9 @@ def adapted(recipe, out):
     kept = []
     original = training._save_result
 
-    def keep(what, model, folder, mark):
+    def keep(what, model, *rest):
         kept.append(model)
-        original(what, model, folder, mark)
+        original(what, model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_save_result", keep)

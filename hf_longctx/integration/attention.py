@@ -139,12 +139,19 @@ def attend(
         raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
     bias = longctx.bias.of(layer)
     if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.k_start is not None:
-        start = longctx.k_start.expand(query.shape[0])
-        out = kernel.biased_attention(query, key, value, _table(bias, query.shape[1], key.shape[2], query.device), scaling, k_start=start)
-        return out.transpose(1, 2).contiguous(), None
+        return _by_kernel(query, key, value, bias, scaling, longctx.k_start).transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, bias)
     return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scaling: float | None, start: Tensor) -> Tensor:
+    """[batch, heads, queries, head_dim]"""
+    device = query.device
+    if torch.is_autocast_enabled(device.type):  # as SDPA does by itself: RoPE may have left queries and keys in float32
+        query, key, value = (t.to(torch.get_autocast_dtype(device.type)) for t in (query, key, value))
+    table = _table(bias, query.shape[1], key.shape[2], device)
+    return kernel.biased_attention(query, key, value, table, scaling, k_start=start.expand(query.shape[0]))
 
 
 def _table(bias: Bias, heads: int, length: int, device: torch.device) -> Tensor:

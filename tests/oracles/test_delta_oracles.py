@@ -2,7 +2,7 @@
 
 mamba_extend: MambaExtend (ICLR 2025), a factor a layer, and its search by simultaneous perturbation with the numbers of the
 released code, except that nothing but the calibration text is looked at. delta_filter: LongMamba (arXiv 2504.16053), with thresholds
-found by plain loops over sorted numbers. No line is shared with the library; the mixers' recurrences are Mamba's (arXiv 2312.00752,
+found by plain loops over sorted numbers. No line is shared with the library, a few with the oracles of states; the mixers' recurrences are Mamba's (arXiv 2312.00752,
 algorithm 2) and Mamba-2's (arXiv 2405.21060, listing 1).
 """
 
@@ -18,6 +18,7 @@ from hf_longctx.method import StateShape, method
 from hf_longctx.methods.delta_filter import least_kept
 from hf_longctx.methods.mamba_extend import search
 from hf_longctx.patching import patch_model
+from tests.oracles.test_state_oracles import rms, silu, softplus
 
 STATE, TOKENS, VOCABULARY, LAYERS = 4, 19, 30, 2
 FIELDS = {
@@ -59,18 +60,6 @@ def model_of(family):
 
 def arrays(family):
     return {name.removeprefix("backbone."): p.detach().numpy() for name, p in made(family).named_parameters()}
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def softplus(x):
-    return np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0)
-
-
-def rms(x, eps):
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def convolve(x, p):
