@@ -382,10 +382,11 @@ def _show_plan(found: dict[str, Any]) -> None:
         "memory": ", ".join(f"{name} {size:.2f}" for name, size in found["memory"].items()) + " GiB (estimate)",
     }
     _lines({key: value for key, value in facts.items() if value is not None})
+    places = "positions" if found["sampler"] else "tokens"
     for number, sample in enumerate(found["samples"]):
         out.print(f"sample {number}  {sample['labels']} labels", markup=False)
         for chunk in sample["chunks"]:
-            out.print(f"  positions {chunk['positions'][0]:>7}-{chunk['positions'][1]:<7} {chunk['text']!r}", markup=False)
+            out.print(f"  {places} {chunk['positions'][0]:>7}-{chunk['positions'][1]:<7} {chunk['text']!r}", markup=False)
         if sample["more"]:
             out.print(f"  and {sample['more']} more chunks", markup=False)
     if coverage is None:

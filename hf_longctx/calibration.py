@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_longctx.data import Documents, load_documents
@@ -60,7 +61,9 @@ def calibrate(
     windows = torch.from_numpy(choose_windows(load_documents(source, tokenizer), count, length, source.path))
     if windows.max() >= model.config.vocab_size:
         raise ValueError(f"{source.path} holds token id {windows.max()}, but the model knows only {model.config.vocab_size} tokens")
-    found = item.calibrate(TextSteps(model, windows))
+    steps = TextSteps(model, windows)
+    with steps.bar:
+        found = item.calibrate(steps)
     return tuple(found.method if each is item else each for each in methods), found.tensors
 
 
@@ -84,6 +87,7 @@ class TextSteps:
     def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
         self.model, self.windows = model, windows
         self.shape = delta.read_shape(model.config)
+        self.bar = tqdm(desc="calibrating", unit=" windows", disable=None, leave=False)  # how many it takes, the method decides
 
     def perplexity(self, method: Method) -> float:
         modules = [method.delta(self.shape, layer).to(self.model.device) for layer in range(self.shape.layers)]
@@ -118,7 +122,9 @@ class TextSteps:
         return [torch.cat(parts) for parts in kept]
 
     def _rows(self) -> Iterator[Tensor]:
-        return (row[None].to(self.model.device) for row in self.windows)
+        for row in self.windows:
+            yield row[None].to(self.model.device)
+            self.bar.update()
 
     def _read(self, ids: Tensor) -> Tensor:
         return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]

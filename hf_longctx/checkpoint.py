@@ -371,8 +371,8 @@ def _readers(config: PretrainedConfig) -> list[str]:
     if is_ours(config):
         return ["transformers>=5 with hf_longctx imported"]
     readers = ["transformers>=5"]
-    if has_state(config) and not rope.rotates(config):
-        return [*readers, "vLLM", "llama.cpp (convert_hf_to_gguf.py)"]
+    if has_state(config):  # by vLLM's list of models; what other runtimes make of a hybrid's RoPE was not compared
+        return readers if rope.rotates(config) else [*readers, "vLLM"]
     parameters = getattr(config, "rope_parameters", None) or {}
     flat = parameters.get("full_attention", parameters)
     kind = flat.get("rope_type", "default")

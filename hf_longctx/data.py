@@ -83,6 +83,7 @@ def load_documents(source: DataSource, tokenizer: Any) -> Documents:
         ValueError: nothing there, an unknown format, text that is not UTF-8, no such column, no document at all; conversations
             without a chat template, or without an answer where these are what is trained.
     """
+    check_source(source)
     if source.path.endswith(".npz"):
         return _read_npz(source)
     key = _cache_key(source, tokenizer)

@@ -28,9 +28,9 @@ def local_folder(name: str | Path, revision: str | None = None, weights: bool = 
         ValueError: nothing of that name here or on the hub; a folder without a configuration; weights in pickle only.
     """
     path = Path(name).expanduser()
-    folder = path if path.exists() else _download(str(name), revision, weights)
-    if not folder.is_dir():
+    if path.is_file():
         raise ValueError(f"{name} is a file; give a folder, a hub id or a .gguf file")
+    folder = path if path.exists() else _download(str(name), revision, weights)
     if not (folder / "config.json").exists() and not (folder / ADAPTER).exists():
         raise ValueError(f"{name} holds no model: there is neither config.json nor {ADAPTER} in it")
     if weights and not list(folder.glob("*.safetensors")):

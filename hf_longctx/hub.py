@@ -82,7 +82,8 @@ def push(
     with _explained(folder, repo_id):
         if base is not None and not api.repo_exists(base):
             raise ValueError(f"base: there is no model {base!r} on the hub that you can see")
-        repo_id = open_repository(repo_id, private, revision)
+    repo_id = open_repository(repo_id, private, revision)
+    with _explained(folder, repo_id):
         there = api.list_repo_files(repo_id, revision=revision)
         existing = _readme(folder, repo_id, revision, README in there)
     places = [place for place in (local, found.name) if place is not None]
@@ -213,9 +214,9 @@ def _explained(folder: Path | None, repo_id: str) -> Iterator[None]:
         raise ConnectionError(_again(folder, repo_id, said)) from error
     except HFValidationError:
         raise ValueError(f"{repo_id!r} cannot be the name of a repository; give NAME/MODEL, of letters, digits, '-', '_' and '.'") from None
-    except (ValueError, ConnectionError):
+    except ValueError:
         raise
-    except Exception as error:  # httpx's errors, of whichever generation, and what huggingface_hub makes of them
+    except Exception as error:  # httpx's errors, of whichever generation, what huggingface_hub makes of them, and Xet's
         reason = error.__cause__ or error
         raise ConnectionError(_again(folder, repo_id, f"{type(reason).__name__} {reason}")) from error
 

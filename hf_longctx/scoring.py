@@ -66,32 +66,29 @@ def attempts(config: PretrainedConfig, cells: Sequence[Cell], batch_size: int | 
     if max(map(len, _batches(cells, config, batch_size, chunk, device)), default=1) > 1:
         found.append((1, chunk))
     small = _at_once(device) // 64
-    if reads_in_chunks(config) and small < min(chunk or small + 1, max(len(cell.ids) for cell in cells)):
+    if _why_at_once(config) is None and small < min(chunk or small + 1, max(len(cell.ids) for cell in cells)):
         found.append((1, small))
     return found
 
 
-def reads_in_chunks(config: PretrainedConfig) -> bool:
-    """Whether `check_chunks` has nothing against the configuration."""
-    try:
-        check_chunks(config)
-    except ValueError:
-        return False
-    return True
-
-
 def check_chunks(config: PretrainedConfig) -> None:
-    """Raise ValueError unless a text read in chunks is the text read at once; the laws of states and of cached decoding say for which families."""
+    """Raise ValueError, naming the reason, unless a text read in chunks is known to be the text read at once."""
+    if reason := _why_at_once(config):
+        raise ValueError(reason)
+
+
+def _why_at_once(config: PretrainedConfig) -> str | None:
+    """What keeps a model from being read in chunks; the laws of states and of cached decoding say for which families nothing does."""
     name = family(config)
     if state.has_state(config):
-        return
+        return None
     if name not in configs.FAMILIES:
         known = ", ".join(sorted({*configs.FAMILIES, *state.CACHE_ARGUMENT}))
-        raise ValueError(f"{name} is not known to give the same numbers when it is read in chunks; leave out chunk (families that do: {known})")
+        return f"{name} is not known to give the same numbers when it is read in chunks; leave out chunk (families that do: {known})"
     parameters = config.rope_parameters or {}
     kinds = {each["rope_type"] for each in (parameters, *parameters.values()) if isinstance(each, dict) and "rope_type" in each}
-    if changing := kinds & {"dynamic", "longrope"}:
-        raise ValueError(f"with rope_type {changing.pop()} the first chunk would not know the length of the text; leave out chunk")
+    changing = kinds & {"dynamic", "longrope"}
+    return f"with rope_type {changing.pop()} the first chunk would not know the length of the text; leave out chunk" if changing else None
 
 
 # --- batches

@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_no_half_cache(tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "neither a file here nor a dataset on the hub"),
+        ("none.txt", None, "does not exist"),
         ("nobody/nothing", None, "neither a file here nor a dataset on the hub"),
         ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "latin.jsonl is not UTF-8 text"),

@@ -158,7 +158,7 @@ def test_inspect(family, folder):
     hybrid = family not in configs.DELTA_FAMILIES
     assert facts["window"] == (64 if hybrid else None)
     assert ("trained_window" in facts, "rope" in facts) == (hybrid, hybrid)
-    assert "vLLM" in facts["loads_with"]
+    assert facts["loads_with"] == (["transformers>=5"] if hybrid else ["transformers>=5", "vLLM"])
     assert json.loads(json.dumps(facts)) == facts
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_longctx
 from hf_longctx import files
-from hf_longctx.hub import trainer_options
+from hf_longctx.hub import _explained, trainer_options
 from hf_longctx.recipe import dump_recipe, parse_recipe
 from tests.conftest import byte_tokenizer, tiny_model, write_tokens
 from tests.fake_hub import FakeHub
@@ -264,6 +264,17 @@ def weights_new_to(hub: FakeHub, folder: Path) -> set[str]:
     assert len(found) >= 3
     hub.blobs = {key: data for key, data in hub.blobs.items() if key not in found}
     return found
+
+
+def test_an_upload_that_fails_below_http_is_explained_too():
+    """Xet raises Python's own ConnectionError."""
+    with pytest.raises(ConnectionError, match=r"broke off .*Network error.*`longctx push folder a/b` once more goes on"), _explained(Path("folder"), "a/b"):
+        raise ConnectionError("Network error: 404")
+
+
+def test_a_repository_without_files_holds_no_model(hub, client, tmp_path):
+    hub.add("tester/empty", tmp_path)
+    one_line(client("inspect", "tester/empty"), 2, "tester/empty holds no model")
 
 
 def test_a_push_that_broke_off_goes_on(hub, client, made):

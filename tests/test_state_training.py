@@ -567,6 +567,7 @@ def test_the_command_line_shows_and_trains_it(longctx, recipe_for, tmp_path):  #
     assert "carry (probability 0.0); 4 lanes of 15.0 windows an epoch, of which 20.0% begin a text" in said["states"]
     assert said["window"].split() == ["window", "16"]
     assert not {"positions", "coverage of relative distances"} & set(said)
+    assert any(line.split()[:2] == ["tokens", "0-15"] for line in shown.out.splitlines())
     assert not (tmp_path / "coverage.png").exists()
     assert longctx("finetune", "r.yaml", "--out", "run").out.endswith("run: an adapter\n")
 

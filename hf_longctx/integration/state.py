@@ -50,22 +50,18 @@ _FEWEST = 16  # tokens of a block, whatever that makes of its size
 _running = threading.local()  # .starts: a stack of initial states, one entry a mixer that is running in this thread
 
 
+def has_state(config: PretrainedConfig) -> bool:
+    """Whether models of this configuration can start from a given state."""
+    return family(config) in CACHE_ARGUMENT and "linear_attention" in config.layer_types
+
+
 def check_supported(config: PretrainedConfig) -> None:
-    """Raise ValueError, naming the reason, unless models of this configuration can start from a given state."""
+    """Raise ValueError, naming the reason, unless `has_state`."""
     name = family(config)
     if name not in CACHE_ARGUMENT:
         raise ValueError(f"{name} has no state that state methods can pass on; families that have: {', '.join(sorted(CACHE_ARGUMENT))}")
-    if "linear_attention" not in config.layer_types:
+    if not has_state(config):
         raise ValueError(f"no layer of this {name} is a state-space layer, so there is no state to pass on")
-
-
-def has_state(config: PretrainedConfig) -> bool:
-    """Whether `check_supported` has nothing against the configuration."""
-    try:
-        check_supported(config)
-    except ValueError:
-        return False
-    return True
 
 
 # --- The states, as plain data ---------------------------------------------------------------------------------------

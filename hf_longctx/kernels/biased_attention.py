@@ -91,8 +91,7 @@ BLOCKS = {
     (4, 256): Blocks(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1), Launch(32, 32, 8, 1)),
 }
 
-# Bytes a GPU must have for one block of threads: compiled for an A100, which has as many, the tiles take up to 160 KiB; for an H100,
-# which has 227 KiB, up to 192. Consumer GPUs have 99.
+# Bytes a GPU must have for one block of threads: an A100's. The tiles were chosen to fit there; consumer GPUs have 99 KiB.
 SHARED_MEMORY = 163 * 1024
 
 
