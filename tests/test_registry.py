@@ -65,6 +65,7 @@ def one_line(call, *parts):
         ({"name": "pose", "chunks": 1}, ["chunks must be at least 2", "use plain"]),
         ({"name": "pose", "chunks": 3, "form": "code"}, ["form: code has two chunks, got 3"]),
         ({"name": "pose", "pin_tail": 1.5}, ["pin_tail is a probability, got 1.5"]),
+        ({"name": "pose", "plain": 1}, ["plain is a share below 1, got 1", "the method plain"]),
         ({"name": "cream", "sigma": 0}, ["sigma must be a positive number"]),
     ],
 )

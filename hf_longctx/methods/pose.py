@@ -23,7 +23,8 @@ class Pose(Method):
     document allows}, independent of u_i, as the paper's main runs; `aligned`: v_i = u_i, the text that really stands there,
     as far as the document reaches.
     `pin_tail` is the probability that the last chunk ends exactly at the target: with two chunks only a few per cent of
-    examples touch the longest distances otherwise."""
+    examples touch the longest distances otherwise.
+    `plain` is the share of examples that stay contiguous text at its own positions."""
 
     paper = "arXiv:2309.10400"
     target: Size | None = None  # tokens; by default the patched model's window
@@ -31,10 +32,12 @@ class Pose(Method):
     form: Literal["paper", "code"] = "paper"
     content: Literal["none", "random", "aligned"] = "random"
     pin_tail: float = 0.0
+    plain: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.chunks >= 2, f"chunks must be at least 2, got {self.chunks} (for one chunk use plain)")
         require(0 <= self.pin_tail <= 1, f"pin_tail is a probability, got {self.pin_tail:g}")
+        require(0 <= self.plain < 1, f"plain is a share below 1, got {self.plain:g} (for 1 use the method plain)")
         require(self.form == "paper" or self.chunks == 2, f"form: code has two chunks, got {self.chunks}; use form: paper")
 
     def positions(self, window: int, document_length: int, rng: "np.random.Generator") -> "tuple[np.ndarray, np.ndarray]":
@@ -55,6 +58,8 @@ class Pose(Method):
             shifts = np.minimum(skips, reach - window)
         else:
             shifts = self._offsets(chunks, reach - window, rng)
+        if rng.random() < self.plain:
+            skips[:] = shifts[:] = 0
         return index + shifts[chunk_of], index + skips[chunk_of]
 
     def _cuts(self, window: int, chunks: int, rng: "np.random.Generator") -> "np.ndarray":

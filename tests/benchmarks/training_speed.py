@@ -1,6 +1,6 @@
 """Training speed and memory: ours beside plain Trainer + PEFT, same model, data, positions, LoRA, batch. One CUDA GPU.
 
-    python tests/benchmarks/training_speed.py MODEL TOKENS.npz [--batch 16] [--steps 30]
+    python tests/benchmarks/training_speed.py MODEL TOKENS.npz [--batch 16] [--steps 30] [--only plain,ours]
 
 Prints, from one run: tokens/s and peak memory of each contender and their ratios; ours at targets from 16k to 1M; memory of an
 evaluation at 131,072 tokens. The first `--warm` steps are not timed.
@@ -100,20 +100,21 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm", type=int, default=10)
+    parser.add_argument("--only", help="some of: plain, liger, ours, 64k, 1M, evaluation, compiled")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     folder = Path(tempfile.mkdtemp())
     contenders = {
-        "Trainer + PEFT": lambda: plain(options, folder),
-        "Trainer + PEFT, use_liger_kernel": lambda: plain(options, folder, use_liger_kernel=True),
-        "longctx": lambda: ours(options, folder),
-        "longctx, target 64k": lambda: ours(options, folder, 8),
-        "longctx, target 1M": lambda: ours(options, folder, 128),
-        "evaluation at 131,072 tokens": lambda: evaluation_memory(options, 131072),
-        "Trainer + PEFT, torch_compile, use_liger_kernel": lambda: plain(options, folder, torch_compile=True, use_liger_kernel=True),
+        "plain": ("Trainer + PEFT", lambda: plain(options, folder)),
+        "liger": ("Trainer + PEFT, use_liger_kernel", lambda: plain(options, folder, use_liger_kernel=True)),
+        "ours": ("longctx", lambda: ours(options, folder)),
+        "64k": ("longctx, target 64k", lambda: ours(options, folder, 8)),
+        "1M": ("longctx, target 1M", lambda: ours(options, folder, 128)),
+        "evaluation": ("evaluation at 131,072 tokens", lambda: evaluation_memory(options, 131072)),
+        "compiled": ("Trainer + PEFT, torch_compile, use_liger_kernel", lambda: plain(options, folder, torch_compile=True, use_liger_kernel=True)),
     }
     rows = {}
-    for name, run in contenders.items():
+    for name, run in (contenders[key] for key in (options.only.split(",") if options.only else contenders)):
         try:
             rows[name] = run()
             print(f"  {name}: {rows[name][0]:,.0f} tok/s, {rows[name][1]:.2f} GiB", flush=True)

@@ -87,6 +87,7 @@ SAMPLERS = {
     "pose, four chunks": ("pose", {"chunks": 4, "content": "none"}, lambda r: pose_paper(WINDOW, DOCUMENT, TARGET, 4, "none", 0, r)),
     "pose, aligned": ("pose", {"chunks": 3, "content": "aligned"}, lambda r: pose_paper(WINDOW, DOCUMENT, TARGET, 3, "aligned", 0, r)),
     "pose, pinned": ("pose", {"pin_tail": 0.5}, lambda r: pose_paper(WINDOW, DOCUMENT, TARGET, 2, "random", 0.5, r)),
+    "pose, partly plain": ("pose", {"plain": 0.25, "content": "aligned"}, lambda r: pose_paper(WINDOW, DOCUMENT, WINDOW if r.random() < 0.25 else TARGET, 2, "aligned", 0, r)),
     "pose, code": ("pose", {"form": "code"}, lambda r: pose_code(WINDOW, DOCUMENT, TARGET, r)),
     "pose, code, long text": ("pose", {"form": "code"}, lambda r: pose_code(WINDOW, 10 * DOCUMENT, TARGET, r)),
     "cream": ("cream", {}, lambda r: cream(WINDOW, DOCUMENT, TARGET, None, r)),
@@ -115,7 +116,7 @@ def test_sampler_is_distributed_as_its_oracle(case):
 def test_the_comparison_tells_samplers_apart():
     """The oracle can fail: the code form, or a pinned tail, are no two-chunk paper form."""
     paper = [statistics(d, TARGET) for d in draws("pose", {}, DRAWS)]
-    for fields in ({"form": "code"}, {"pin_tail": 0.05}, {"content": "none"}):
+    for fields in ({"form": "code"}, {"pin_tail": 0.05}, {"content": "none"}, {"plain": 0.1}):
         with pytest.raises(AssertionError):
             assert_alike(paper, [statistics(d, TARGET) for d in draws("pose", fields, DRAWS)])
 
@@ -133,6 +134,7 @@ EVERY = [
     *(("pose", {"content": content, "chunks": chunks}) for content in ("none", "random", "aligned") for chunks in (2, 5, 64)),
     ("pose", {"form": "code"}),
     ("pose", {"pin_tail": 1.0}),
+    ("pose", {"plain": 0.5}),
     ("pose", {"form": "code", "pin_tail": 1.0, "content": "aligned"}),
 ]
 SIZES = [(24, 100, 96), (24, 24, 96), (24, 24, 24), (24, 1000, 24), (8, 20, 512), (16, 16, 31), (3, 3, 3), (2, 9, 7), (1, 1, 8), (17, 40, 18)]
