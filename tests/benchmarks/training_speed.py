@@ -3,14 +3,15 @@
     python tests/benchmarks/training_speed.py MODEL TOKENS.npz [--batch 16] [--steps 30] [--only plain,ours]
 
 Prints, from one run: tokens/s and peak memory of each contender and their ratios; ours at targets from 16k to 1M; memory of an
-evaluation at 131,072 tokens. The first `--warm` steps are not timed.
+evaluation at 131,072 tokens. The first `--warm` steps, in which kernels are compiled, are not timed.
 """
 
 import argparse
-import copy
-import gc
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def plain(options, folder: Path, **flags) -> tuple[float, float]:
     return measure(options, Trainer(model=model, args=arguments, train_dataset=what.dataset, data_collator=collate))
 
 
-def evaluation_memory(options, length: int) -> tuple[float, float]:
+def evaluation(options, folder: Path, length: int = 131072) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).cuda().eval()
     cell = Cell(np.random.default_rng(0).integers(3, 40000, length), length - 1024, length)
     torch.cuda.reset_peak_memory_stats()
@@ -90,6 +91,24 @@ def evaluation_memory(options, length: int) -> tuple[float, float]:
     score_cells(model, [cell])
     torch.cuda.synchronize()
     return length / (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 2**30
+
+
+CONTENDERS = {
+    "plain": ("Trainer + PEFT", plain),
+    "liger": ("Trainer + PEFT, use_liger_kernel", partial(plain, use_liger_kernel=True)),
+    "ours": ("longctx", ours),
+    "64k": ("longctx, target 64k", partial(ours, factor=8)),
+    "1M": ("longctx, target 1M", partial(ours, factor=128)),
+    "evaluation": ("evaluation at 131,072 tokens", evaluation),
+    "compile": ("Trainer + PEFT, torch_compile", partial(plain, torch_compile=True)),
+    "both": ("Trainer + PEFT, torch_compile, use_liger_kernel", partial(plain, torch_compile=True, use_liger_kernel=True)),
+}
+
+
+def run(key: str, options) -> tuple[float, float]:
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        return CONTENDERS[key][1](options, Path(folder))
 
 
 def main() -> None:
@@ -100,31 +119,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warm", type=int, default=10)
-    parser.add_argument("--only", help="some of: plain, liger, ours, 64k, 1M, evaluation, compiled")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="some of these, the first of them to compare with")
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    folder = Path(tempfile.mkdtemp())
-    contenders = {
-        "plain": ("Trainer + PEFT", lambda: plain(options, folder)),
-        "liger": ("Trainer + PEFT, use_liger_kernel", lambda: plain(options, folder, use_liger_kernel=True)),
-        "ours": ("longctx", lambda: ours(options, folder)),
-        "64k": ("longctx, target 64k", lambda: ours(options, folder, 8)),
-        "1M": ("longctx, target 1M", lambda: ours(options, folder, 128)),
-        "evaluation": ("evaluation at 131,072 tokens", lambda: evaluation_memory(options, 131072)),
-        "compiled": ("Trainer + PEFT, torch_compile, use_liger_kernel", lambda: plain(options, folder, torch_compile=True, use_liger_kernel=True)),
-    }
     rows = {}
-    for name, run in (contenders[key] for key in (options.only.split(",") if options.only else contenders)):
-        try:
-            rows[name] = run()
+    for key in options.only.split(","):
+        name = CONTENDERS[key][0]
+        try:  # each in a process of its own: one that breaks CUDA must not cost the others
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows[name] = pool.submit(run, key, options).result()
             print(f"  {name}: {rows[name][0]:,.0f} tok/s, {rows[name][1]:.2f} GiB", flush=True)
-        except Exception as error:  # one contender that cannot run must not cost the others
+        except Exception as error:
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, {options.batch} x {options.window} tokens a step")
-    print(f"{'':50} {'tok/s':>10} {'x plain':>8} {'GiB':>7} {'x plain':>8}")
-    base = copy.copy(rows.get("Trainer + PEFT", (float("nan"), float("nan"))))
+    print(f"{'':50} {'tok/s':>10} {'x first':>8} {'GiB':>7} {'x first':>8}")
+    base = next(iter(rows.values()))
     for name, (speed, memory) in rows.items():
         print(f"{name:50} {speed:>10,.0f} {speed / base[0]:>8.2f} {memory:>7.2f} {memory / base[1]:>8.2f}")
 
