@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_longctx.integration import attention
-from hf_longctx.kernels.biased_attention import biased_attention
+from hf_longctx.kernels.biased_attention import Table, biased_attention
 from tests.conftest import TINY
 from tests.test_biased_kernel import DEVICE, needs_kernel, oracle
 from tests.test_slot_laws import patched
@@ -20,7 +20,8 @@ BIASES = [("alibi",), ("mkl_learned",), ("kerple_power", "log_n"), ("t5", "nope"
 
 
 def dense(q, k, v, table, scale=None, *, k_start=None):
-    return oracle(q.double(), k.double(), v.double(), table.double(), q.shape[3] ** -0.5 if scale is None else scale, k_start).to(q.dtype)
+    assert isinstance(table, Table)
+    return oracle(q.double(), k.double(), v.double(), table.values.double(), q.shape[3] ** -0.5 if scale is None else scale, k_start).to(q.dtype)
 
 
 @pytest.fixture(params=["dense", pytest.param("triton", marks=needs_kernel)])
@@ -64,12 +65,13 @@ def test_a_whole_text(names, calls, monkeypatch):
     same(calls, monkeypatch, lambda: model(ids, attention_mask=torch.ones_like(ids)).logits, 2)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("names", BIASES, ids="+".join)
 def test_every_gradient(names, checkpointing, calls, monkeypatch):
     model = patched("llama", names).to(DEVICE).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
 
     def gradients():
         model.zero_grad()
@@ -161,10 +163,23 @@ def test_only_layers_that_see_everything(calls, monkeypatch):
     same(calls, monkeypatch, lambda: model(ids).logits, full)
 
 
+@pytest.mark.parametrize(("name", "checkpointing", "times", "tables"), [("kerple", False, 2, 1), ("kerple", True, 2, 1), ("mkl_learned", False, 4, 2), ("mkl_learned", True, 6, 4)])
+def test_layers_share_one_table(name, checkpointing, times, tables, calls):
+    """A bias that both layers share is evaluated once a pass, and once more in backward; one a layer is not shared, and recomputed with its layer."""
+    model, evaluated = patched("llama", (name,)).to(DEVICE).train(), []
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for bias in model.longctx_bias.layers:
+        bias.register_forward_pre_hook(lambda *_: evaluated.append(1))
+    model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert len(evaluated) == times
+    assert len({id(call[3]) for call in calls}) == tables
+
+
 def test_no_step_to_the_table_is_kept_for_backward():
     """The table of a learned bias is computed again in backward: between the passes one table a layer is there, and no part of it."""
     kept = []
     bias = patched("llama", LEARNED).longctx_bias.of(0)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        attention._table(bias, 4, 500, torch.device("cpu")).sum()
+        attention._table(bias, 4, 500, torch.device("cpu")).values.sum()
     assert all(size <= 500 for size in kept)

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.mamba import modeling_mamba
 
 from hf_longctx.integration import state
 from hf_longctx.integration.state import CACHE_ARGUMENT, StatePassingCache, prepare
@@ -193,6 +194,24 @@ def test_with_a_kernel_the_correction_does_the_same(family, monkeypatch):
         law_cut_anywhere(model, size, StatePassingCache(model.config))
     law_two_halves_have_the_gradient_of_one_whole(prepared(family), 5)
     law_checkpointing_changes_no_gradient(prepared(family), from_states)
+
+
+def test_a_kernel_gets_rows_that_begin_where_it_can_read(monkeypatch):
+    """Beside a cache, inputs are the last tokens of rows that also hold the convolution's: mamba-ssm's kernel fails with "misaligned address"."""
+    contiguous = []
+
+    def kernel(u, *args, **kwargs):
+        contiguous.append(u.is_contiguous())
+        return stock_scan(u, *args, **kwargs)
+
+    model = prepared("mamba")
+    scan = modeling_mamba.mamba_selective_scan
+    stock_scan = scan.stock
+    monkeypatch.setattr(state, "has_kernel", lambda tensor: True)
+    monkeypatch.setattr(scan, "stock", kernel)
+    forward(model, ids(), StatePassingCache(model.config, random_states(model)))
+    assert contiguous
+    assert all(contiguous)
 
 
 @pytest.mark.parametrize("family", MAMBA_1)

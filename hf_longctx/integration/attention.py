@@ -55,6 +55,7 @@ class Tokens:
         causal: the last query sees all valid keys, the one before it all but the last key, and so on.
         bias, scaling: modules of the `bias` and the `attention` slot.
         layers: which layers they belong to.
+        table: the bias at each distance, where it is one for all layers and the kernel reads it.
         seen: layers that asked, in order.
     """
 
@@ -66,6 +67,7 @@ class Tokens:
     bias: PerLayer | None = None
     scaling: PerLayer | None = None
     layers: frozenset[int] = frozenset()
+    table: kernel.Table | None = None
     seen: list[int] = field(default_factory=list)
 
     @cached_property
@@ -139,27 +141,44 @@ def attend(
         raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
     bias = longctx.bias.of(layer)
     if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.k_start is not None:
-        return _by_kernel(query, key, value, bias, scaling, longctx.k_start).transpose(1, 2).contiguous(), None
+        table = _shared(longctx, key.shape[2]) or _table(bias, query.shape[1], key.shape[2], query.device)
+        return _by_kernel(query, key, value, table, scaling, longctx.k_start).transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, bias)
     return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, bias: Bias, scaling: float | None, start: Tensor) -> Tensor:
+def share_table(tokens: Tokens, heads: int, query: Tensor) -> None:
+    """Before the layers of a pass, and outside of what gradient checkpointing runs again: make the table of a bias that they share.
+
+    query: any tensor with the dtype, device and head dimension of queries.
+    """
+    shared = tokens.bias is not None and len(tokens.bias.layers) == 1 and tokens.bias.of(0).by_distance
+    if shared and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.k_start is not None:
+        tokens.table = _table(tokens.bias.of(0), heads, tokens.k_pos.shape[1], query.device)
+
+
+def _shared(tokens: Tokens, keys: int) -> kernel.Table | None:
+    """The table of the pass, unless checkpointing is reentrant: each layer's backward pass is then one of its own, and would free the graph."""
+    if tokens.table is not None and tokens.table.values.requires_grad and not torch.is_grad_enabled():
+        tokens.table = None
+    return tokens.table if tokens.table is not None and tokens.table.values.shape[1] == keys else None
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, table: kernel.Table, scaling: float | None, start: Tensor) -> Tensor:
     """[batch, heads, queries, head_dim]"""
     device = query.device
     if torch.is_autocast_enabled(device.type):  # as SDPA does by itself: RoPE may have left queries and keys in float32
         query, key, value = (t.to(torch.get_autocast_dtype(device.type)) for t in (query, key, value))
-    table = _table(bias, query.shape[1], key.shape[2], device)
     return kernel.biased_attention(query, key, value, table, scaling, k_start=start.expand(query.shape[0]))
 
 
-def _table(bias: Bias, heads: int, length: int, device: torch.device) -> Tensor:
-    """The bias at each distance, float32 [heads, length]; backward computes it again, so that no layer keeps the steps to it."""
+def _table(bias: Bias, heads: int, length: int, device: torch.device) -> kernel.Table:
+    """The bias at each distance, [heads, length]; backward computes it again, so that the steps to it are not kept."""
     head, distance = torch.arange(heads, device=device)[:, None], torch.arange(length, device=device)[None]
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in bias.parameters())):
-        return bias(head, distance, torch.zeros_like(distance))
-    return checkpoint(bias, head, distance, torch.zeros_like(distance), use_reentrant=False, preserve_rng_state=False)
+        return kernel.Table(bias(head, distance, torch.zeros_like(distance)))
+    return kernel.Table(checkpoint(bias, head, distance, torch.zeros_like(distance), use_reentrant=False, preserve_rng_state=False))
 
 
 def _biased_blocks(

@@ -22,9 +22,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_longctx.integration import delta, rope, steps
-from hf_longctx.integration.attention import LONGCTX, locate
+from hf_longctx.integration.attention import LONGCTX, locate, share_table
 from hf_longctx.integration.configs import DELTA_FAMILIES, FAMILIES, PREFIX, class_name, config_class, family, is_ours
-from hf_longctx.method import Method, in_slot, load_methods
+from hf_longctx.method import Method, Shape, in_slot, load_methods
 from hf_longctx.modules import Formula, PerLayer
 
 SLOTS = ("bias", "attention", "embedding", "delta")
@@ -40,6 +40,7 @@ class LongctxModel(_Base):
     _keep_in_fp32_modules_strict = {f"longctx_{slot}" for slot in SLOTS}
     _longctx_off = False
     _longctx_handles: Sequence[RemovableHandle]
+    _longctx_shape: Shape
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         wanted = config._attn_implementation
@@ -71,6 +72,7 @@ class LongctxModel(_Base):
         if self._longctx_off:
             return (), kwargs | {"longctx": tokens}
         tokens.bias, tokens.scaling, tokens.layers = getattr(self, "longctx_bias", None), getattr(self, "longctx_attention", None), full
+        share_table(tokens, self._longctx_shape.heads, source.new_empty(self._longctx_shape.head_dim, dtype=self.dtype))
         embedding = getattr(self, "longctx_embedding", None)
         if embedding is not None:
             embeds = decoder.get_input_embeddings()(source) if embeds is None else embeds  # type: ignore[operator]
@@ -131,7 +133,7 @@ def install(model: PreTrainedModel) -> None:
         model.longctx_delta = PerLayer([_step_size(config, layer) for layer in range(config.num_hidden_layers)]).to(model.device)
         model._longctx_handles = delta.hook(model, model._longctx_enter, model._longctx_leave)
         return
-    shape = rope.read_shape(config)
+    shape = model._longctx_shape = rope.read_shape(config)
     for slot in SLOTS:
         item = in_slot(methods, slot)
         if item is not None:

@@ -388,6 +388,8 @@ def scan_from(
     With a `kernel`, a scan of the same signature, that does the work and the part of `start` is added; without, `scan` does.
     u, dt, z [batch, channels, tokens]; a [channels, state]; b, c [batch, state, tokens]; D, delta_bias [channels].
     """
+    if kernel is not None:
+        u = u.contiguous()  # beside a cache it is the end of longer rows, and the kernel reads 16 bytes at a time from where a row begins
     if kernel is not None and start is None:
         return kernel(u, dt, a, b, c, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state, **options)
     wide = _wide(u.dtype)

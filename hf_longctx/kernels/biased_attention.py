@@ -20,6 +20,7 @@ kernels, so one compilation serves every length and every method.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +176,31 @@ def _fits(table: Tensor, coefficients: Tensor, index: Tensor, inside: Tensor, to
     error = table[:, index].sub_(c)  # first the constant, so that the rest is small and exact enough
     error.sub_((a * inside).add_(b).mul_(inside))
     return error.abs_().amax(-1) <= tolerance + ROUNDING * c.squeeze(-1).abs()
+
+
+class Table:
+    """A bias by distance, made ready once for all layers and passes that read it.
+
+    Attributes:
+        values: float32 [H, L] in nats; what is differentiated.
+    """
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self._made: dict[Any, Any] = {}
+
+    def padded(self, front: int) -> Tensor:
+        """`padded_table`, with as much room on both sides."""
+        return self._once(front, lambda: padded_table(self.values.detach(), front, front))
+
+    def fit(self, phase: int, step: int, width: int, tolerance: float) -> tuple[Tensor, Tensor]:
+        """`fit`, in units of log 2."""
+        return self._once((phase, step, width, tolerance), lambda: fit(self.values.detach() * LOG2E, phase, step, width, tolerance))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 # --- the kernels ---
@@ -531,6 +557,7 @@ def _per_query(q: Tensor) -> Tensor:
 class _Problem(NamedTuple):
     """What the launches share. Lengths in tokens; `bias`, `front`: `padded_table`; `scale`: of logits, in nats."""
 
+    table: Table
     bias: Tensor
     front: int
     starts: Tensor
@@ -544,12 +571,16 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(s for x in tensors for s in x.stride()[:3])
 
 
+def _problem(table: Table, starts: Tensor, scale: float, tolerance: float, blocks: Blocks) -> _Problem:
+    front = max(launch.rows + launch.columns for launch in blocks[:4])
+    return _Problem(table, table.padded(front), front, starts, scale, tolerance, blocks)
+
+
 def _fits_of(p: _Problem, launch: Launch, shift: int) -> tuple[Tensor, Tensor, int]:
     """Parabolas for tiles of that shape, how many diagonals are near, and the distance where the first window begins."""
     step = min(launch.rows, launch.columns)
     phase = (shift + 1 - launch.columns) % step
-    table = p.bias[:, p.front : p.bias.shape[1] - p.front]
-    return *fit(table, phase, step, launch.rows + launch.columns - 1, p.tolerance * LOG2E), phase
+    return *p.table.fit(phase, step, launch.rows + launch.columns - 1, p.tolerance * LOG2E), phase
 
 
 def _common(p: _Problem, q: Tensor, k: Tensor, launch: Launch, coefficients: Tensor, phase: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -624,40 +655,32 @@ class _Attention(torch.autograd.Function):
     """Of q, k, v and the table; the rest is settled by `biased_attention`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, starts: Tensor, scale: float, tolerance: float, blocks: Blocks) -> Tensor:
-        front = max(launch.rows + launch.columns for launch in blocks[:4])
-        p = _Problem(padded_table(table.detach(), front, front), front, starts, scale, tolerance, blocks)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, values: Tensor, table: Table, starts: Tensor, scale: float, tolerance: float, blocks: Blocks
+    ) -> Tensor:
+        p = _problem(table, starts, scale, tolerance, blocks)
         out, lse = _run_forward(p, q, k, v, _fits_of(p, blocks.forward, k.shape[2] - q.shape[2]))
-        ctx.save_for_backward(q, k, v, out, lse, p.bias, starts)
-        ctx.rest = front, scale, tolerance, blocks
+        ctx.save_for_backward(q, k, v, out, lse, starts)
+        ctx.rest = table, scale, tolerance, blocks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse, bias, starts = ctx.saved_tensors
-        front, *rest = ctx.rest
-        p = _Problem(bias, front, starts, *rest)
+        q, k, v, out, lse, starts = ctx.saved_tensors
+        table, *rest = ctx.rest
+        p = _problem(table, starts, *rest)
+        shift = k.shape[2] - q.shape[2]
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
         delta = _run_row_dot(p, out, dout)
-        shapes: dict[tuple[int, ...], tuple[Tensor, Tensor, int]] = {}
-
-        def fits(launch: Launch) -> tuple[Tensor, Tensor, int]:
-            """Once for all tiles that begin at the same distances and span as many."""
-            step = min(launch.rows, launch.columns)
-            key = (step, launch.rows + launch.columns, (k.shape[2] - q.shape[2] + 1 - launch.columns) % step)
-            if key not in shapes:
-                shapes[key] = _fits_of(p, launch, k.shape[2] - q.shape[2])
-            return shapes[key]
-
-        dq = dk = dv = dtable = None
+        dq = dk = dv = dvalues = None
         if ctx.needs_input_grad[0]:
-            dq = _run_dq(p, q, k, v, dout, lse, delta, fits(p.blocks.dq))
+            dq = _run_dq(p, q, k, v, dout, lse, delta, _fits_of(p, p.blocks.dq, shift))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dk, dv = _run_dkv(p, q, k, v, dout, lse, delta, fits(p.blocks.dkv))
+            dk, dv = _run_dkv(p, q, k, v, dout, lse, delta, _fits_of(p, p.blocks.dkv, shift))
         if ctx.needs_input_grad[3]:
-            dtable = _run_dtable(p, q, k, v, dout, lse, delta, fits(p.blocks.dtable))
-        return dq, dk, dv, dtable, None, None, None, None
+            dvalues = _run_dtable(p, q, k, v, dout, lse, delta, _fits_of(p, p.blocks.dtable, shift))
+        return dq, dk, dv, dvalues, None, None, None, None, None
 
 
 def blocks_for(head_dim: int, dtype: torch.dtype) -> Blocks:
@@ -667,7 +690,7 @@ def blocks_for(head_dim: int, dtype: torch.dtype) -> Blocks:
 
 
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float | None = None, *,
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | Table, scale: float | None = None, *,
     k_start: Tensor | None = None, tolerance: float | None = None, blocks: Blocks | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + bias) v over keys at distance 0 and more, the bias of head h at distance d being `table[h, d]`.
@@ -677,7 +700,7 @@ def biased_attention(
     Args:
         q: [B, H, Tq, D], the last Tq of Tk positions: query i sees keys j <= i + Tk - Tq, at distance i + Tk - Tq - j.
         k, v: [B, Hkv, Tk, D]; head h of q reads head h * Hkv // H. float16, bfloat16 or float32, like q; D at most 256.
-        table: float32 [H, Tk] or longer, finite, in nats.
+        table: float32 [H, Tk] or longer, finite, in nats; a `Table` of [H, Tk] where several calls share it.
         scale: of the dot products; 1 / sqrt(D) by default.
         k_start: integers [B], the first valid key of each row; keys before it are left padding.
         tolerance: largest error of the bias in tiles that do not read the table, in nats; `TOLERANCE` by default.
@@ -689,12 +712,13 @@ def biased_attention(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(q, k, v, table)
+    table = table if isinstance(table, Table) else Table(table[:, : k.shape[2]].float())
+    _check(q, k, v, table.values)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     starts = q.new_zeros(q.shape[0], dtype=torch.int32) if k_start is None else k_start.to(q.device, torch.int32)
     tolerance = TOLERANCE[q.dtype] if tolerance is None else tolerance
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _Attention.apply(q, k, v, table[:, : k.shape[2]].float(), starts, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
+    return _Attention.apply(q, k, v, table.values, table, starts, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
@@ -703,5 +727,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: want [B, H, Tq, D] and twice [B, Hkv, Tk, D], Hkv dividing H")
     if not 0 < tq <= tk or dim > 256:
         raise ValueError(f"{tq} queries of {tk} keys, head dimension {dim}: want no more queries than keys, and at most 256 dimensions")
-    if table.dim() != 2 or table.shape[0] != heads or table.shape[1] < tk:
+    if table.dim() != 2 or table.shape[0] != heads or table.shape[1] != tk:
         raise ValueError(f"table {list(table.shape)}: want {heads} heads and at least {tk} distances")
