@@ -1,0 +1,81 @@
+"""Tokens/s of a training step of a SmolLM2-shaped model with a bias in RoPE's place, beside stock RoPE. One CUDA GPU.
+
+    python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--blocks]
+
+Random weights, bfloat16, gradient checkpointing, forward and backward of the decoder; the optimizer costs the same for all. Prints
+tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from unittest.mock import patch
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_longctx.integration import attention
+from hf_longctx.method import load_methods
+from hf_longctx.patching import patch_model
+
+SMOLLM2 = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "max_position_embeddings": 8192, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+BIASES = {
+    "stock RoPE, SDPA": [],
+    "alibi": [{"name": "alibi"}],
+    "mkl_alibi, preset mep": [{"name": "mkl_alibi", "preset": "mep"}],
+    "mkl_alibi, preset mep_learned": [{"name": "mkl_alibi", "preset": "mep_learned", "learn_weights": True}],
+    "kerple, learned": [{"name": "kerple"}],
+}
+
+
+def build(bias):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2), dtype=torch.bfloat16).cuda()
+    if bias:
+        patch_model(model, load_methods([{"name": "nope", "target": 16384}, *bias]))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def speed(bias, rows: int, length: int, repeats: int) -> tuple[float, float]:
+    """Tokens/s, the median step after two, and GiB."""
+    model, ids, taken = build(bias), torch.randint(0, SMOLLM2["vocab_size"], (rows, length), device="cuda"), []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.zero_grad()
+        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        (hidden.float() ** 2).mean().backward()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return rows * length / statistics.median(taken[2:]), torch.cuda.max_memory_allocated() / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--blocks", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.rows} x {options.length} tokens", flush=True)
+    stock = None
+    for blocks in (False, True) if options.blocks else (False,):
+        for name, bias in BIASES.items():
+            if blocks and not bias:
+                continue
+            with patch.object(attention.kernel, "serves", (lambda x: False) if blocks else attention.kernel.serves):
+                tokens, memory = speed(bias, options.rows, options.length, options.repeats)
+            stock = stock or tokens
+            print(f"{name + (', in blocks' if blocks else ''):42} {tokens:10,.0f} tok/s {stock / tokens:6.2f}x stock's time {memory:6.2f} GiB", flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
