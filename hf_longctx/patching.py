@@ -98,7 +98,8 @@ def patch_model(model: PreTrainedModel, methods: Sequence[Method], tensors: Sequ
     """Patch a live model in place and return it; the same as loading it patched. `tensors`: what calibration found, by layer.
 
     Raises:
-        ValueError: as `patch_config`; also where every layer slides, which only a freshly built model can change.
+        ValueError: as `patch_config`; also where every layer slides, which only a freshly built model can change, and where methods of
+            an earlier patch were trained.
         RuntimeError: the proof failed.
     """
     config = model.config
@@ -108,6 +109,7 @@ def patch_model(model: PreTrainedModel, methods: Sequence[Method], tensors: Sequ
         raise ValueError(f"every layer of this {config.model_type} slides over {config.sliding_window} tokens: patch the checkpoint, then load it")
     if not methods:
         return model
+    auto.check_nothing_learned(model)
     if is_ours(trial):
         auto.check_model(model)
     patch_config(config, methods)

@@ -645,11 +645,21 @@ def test_back_to_rope_is_a_stock_model(family_folder, tmp_path):
     back = hf_longctx.patch(tmp_path / "ours", specs(("yarn",)), tmp_path / "back")
     assert AutoConfig.from_pretrained(back).architectures == ["LlamaForCausalLM"]
     assert type(AutoModelForCausalLM.from_pretrained(back)).__name__ == "LlamaForCausalLM"
-    live = patch_model(patched(names=("alibi", "learned")), specs(("yarn",)))
+    live = patch_model(patch_model(tiny_model(), specs(("alibi", "learned"))), specs(("yarn",)))
     assert type(live).__name__ == "LlamaForCausalLM"
     assert live.config._attn_implementation == "sdpa"
     assert not formulas(live)
     close(logits(live, tokens(WINDOW)), logits(patch_model(tiny_model(), specs(("yarn",))), tokens(WINDOW)), 1e-6)
+
+
+@pytest.mark.parametrize("second", [("alibi",), ("yarn",)], ids="+".join)
+def test_what_was_trained_is_not_forgotten_by_a_second_patch(second):
+    model = patched(names=("kerple",))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^longctx_bias\.layers\.0\.\w+ was trained, and another patch would start it anew; patch the model that it was made from$"):
+        patch_model(model, specs(second))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert type(model).__name__ == "LongctxLlamaForCausalLM"
 
 
 # --- Other processes.

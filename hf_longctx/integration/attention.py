@@ -153,9 +153,11 @@ def share_table(tokens: Tokens, heads: int, query: Tensor) -> None:
 
     query: any tensor with the dtype, device and head dimension of queries.
     """
-    shared = tokens.bias is not None and len(tokens.bias.layers) == 1 and tokens.bias.of(0).by_distance
-    if shared and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.k_start is not None:
-        tokens.table = _table(tokens.bias.of(0), heads, tokens.k_pos.shape[1], query.device)
+    if tokens.bias is None or len(tokens.bias.layers) > 1:
+        return
+    bias = tokens.bias.of(0)
+    if bias.by_distance and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.k_start is not None:
+        tokens.table = _table(bias, heads, tokens.k_pos.shape[1], query.device)
 
 
 def _shared(tokens: Tokens, keys: int) -> kernel.Table | None:

@@ -133,7 +133,8 @@ def install(model: PreTrainedModel) -> None:
         model.longctx_delta = PerLayer([_step_size(config, layer) for layer in range(config.num_hidden_layers)]).to(model.device)
         model._longctx_handles = delta.hook(model, model._longctx_enter, model._longctx_leave)
         return
-    shape = model._longctx_shape = rope.read_shape(config)
+    shape = rope.read_shape(config)
+    model._longctx_shape = shape  # type: ignore[assignment]
     for slot in SLOTS:
         item = in_slot(methods, slot)
         if item is not None:
@@ -194,6 +195,15 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless `convert` can give the model a class of ours."""
     if not isinstance(model, stock_class(model.config)):
         raise ValueError(f"bias, attention, embedding and delta methods work on {stock_class(model.config).__name__}, not on {type(model).__name__}")
+
+
+def check_nothing_learned(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model's methods hold values that training changed: modules made anew would forget them."""
+    for path, module in model.named_modules():
+        if isinstance(module, Formula):
+            for name, value in module.start(module.learned):
+                if not torch.equal(getattr(module, name).detach().cpu(), value):
+                    raise ValueError(f"{path}.{name} was trained, and another patch would start it anew; patch the model that it was made from")
 
 
 def convert(model: PreTrainedModel) -> None:
