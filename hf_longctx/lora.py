@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_longctx.integration.configs import family
+from hf_longctx.integration.configs import family, is_ours
 from hf_longctx.integration.state import has_state
 from hf_longctx.recipe import Recipe
 
@@ -20,6 +20,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         ValueError: what PEFT refuses.
     """
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     if is_quantised(model):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to that, as `train` says
@@ -30,6 +31,8 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     keys.setdefault("task_type", TaskType.CAUSAL_LM)
     if has_state(model.config) and keys.get("target_modules", "all-linear") == "all-linear":
         keys["target_modules"] = state_targets(model)
+    if keys.get("target_modules") is None and is_ours(model.config):  # PEFT's defaults go by the model_type of the stock model
+        keys["target_modules"] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family(model.config))
     also = list(keys.pop("modules_to_save", None) or [])
     if "norms" in recipe.also_train:
         also += sorted({name.rpartition(".")[2] for name, module in model.named_modules() if "Norm" in type(module).__name__})

@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM
 import hf_longctx
 from hf_longctx import checkpoint, planning, training
 from hf_longctx.data import collate
+from hf_longctx.lora import add_lora
+from hf_longctx.method import load_methods
 from hf_longctx.modules import Formula
+from hf_longctx.patching import patch_model
+from hf_longctx.recipe import parse_recipe
+from tests.conftest import tiny_model
 from tests.test_training import adapted, logits
 
 COMBINATIONS = {
@@ -98,3 +103,9 @@ def test_packed_rows_are_each_document_alone(recipe, tmp_path, methods):
         with torch.no_grad():
             alone = model(row["input_ids"][:, begin:end], use_cache=False).logits[0]
         torch.testing.assert_close(packed[begin:end], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_pefts_default_layers_are_those_of_the_stock_family():
+    given = parse_recipe({"model": {"name": "x"}, "window": 32, "data": {"path": "x"}, "lora": {"r": 2}, "methods": []})
+    stock, ours = (sorted(add_lora(model, given).peft_config["default"].target_modules) for model in (tiny_model(), patch_model(tiny_model(), load_methods("alibi"))))
+    assert stock == ours == ["q_proj", "v_proj"]
