@@ -86,8 +86,14 @@ def main() -> None:
 def _fail(message: str, status: int) -> NoReturn:
     if os.environ.get("LONGCTX_TRACEBACK"):
         traceback.print_exc()
-    err.print(f"longctx: {' '.join(message.split())}", markup=False)
+    if status != 2 or _is_first():  # wrong input is so to every process
+        err.print(f"longctx: {' '.join(message.split())}", markup=False)
     sys.exit(status)
+
+
+def _is_first() -> bool:
+    """Of several processes of torchrun, the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _quiet() -> None:
@@ -292,7 +298,7 @@ def finetune(
         return
     with _told():
         training.finetune(found, out_folder, resume=resume, overwrite=overwrite)
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first():
         return
     out.print(f"{out_folder}: {'an adapter' if found.lora is not None else 'a model'}", markup=False)
     pushed = hub.trainer_options(found, out_folder)
@@ -323,7 +329,7 @@ def _told() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _launch(processes: int) -> None:
+def _launch(processes: int, interrupted: str = "interrupted; add --resume to go on") -> None:
     """The same command under torchrun."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -336,7 +342,7 @@ def _launch(processes: int) -> None:
     except ChildFailedError as error:  # the processes have said why
         raise typer.Exit(2 if error.get_first_failure()[1].exitcode == 2 else 1) from None
     except SignalException:
-        _fail("interrupted; add --resume to go on", 130)
+        _fail(interrupted, 130)
 
 
 def _evaluate_after(recipe: Any, folder: Path) -> bool:
@@ -445,13 +451,19 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", help="Decides keys, depths and resampling.")] = 0,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences a forward pass; default: as many as fill 65,536 tokens on a GPU, 4,096 on the CPU.")] = None,
     chunk: Annotated[str | None, typer.Option("--chunk", metavar="SIZE", help="Tokens of a sequence a forward pass, e.g. 4k; default: state-space models in chunks, others at once.")] = None,
+    cache: Annotated[str, typer.Option("--cache", metavar="KIND", help="Where keys and values of chunks are held: dynamic (in the model's dtype), offloaded (host memory) or quantized (4 bits).")] = "dynamic",
+    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="Start this many processes, one a GPU, that share the work.")] = 1,
 ) -> None:
     """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped. Results tell time in seconds and memory in GiB."""
     _quiet_transformers()
+    if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
+        _launch(num_gpus, "interrupted; the same command goes on")
+        return
     tasks = _specs(task) or [{"name": "passkey"}, {"name": "perplexity"}]
     failed = _run_evaluation(
         model, tasks, [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
-        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size, chunk=chunk,
+        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size, chunk=chunk, cache=cache,
+        together=int(os.environ.get("WORLD_SIZE", "1")) > 1,
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)
@@ -466,7 +478,7 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
     from hf_longctx.reporting import table
     from hf_longctx.task import load_task
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal or not _is_first()) as bar:
         shown: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -477,12 +489,15 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
             bar.update(shown[what], completed=done)
 
         rows = run(model, tasks, lengths, out=folder, progress=progress, **options)
+    failed = any(row["metric"] == "failed" for row in rows)
+    if not _is_first():
+        return failed
     if not options.get("data") and any(load_task(task).needs_text for task in tasks):
         out.print(f"text: {built_in_source()}", markup=False)
     head, *lines = table(rows)
     _table(head, lines)
     out.print(f"{folder}: results.json, results.csv, pictures", markup=False)
-    return any(row["metric"] == "failed" for row in rows)
+    return failed
 
 
 @app.command()
@@ -490,11 +505,28 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that eval wrote.")],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The file to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    kept: Annotated[float, typer.Option("--kept", metavar="SHARE", help="The effective length is the longest whose score is at least this share, 0 to 1, of the score at --reference.")] = 0.85,
+    reference: Annotated[str, typer.Option("--reference", metavar="SIZE", help="See --kept; where it was not measured, the shortest length that was.")] = "2k",
 ) -> None:
     """Show evaluations side by side in one HTML file that needs no network: tables, heat maps, curves, what failed, what they were made from."""
     from hf_longctx.html_report import write_report
 
-    out.print(f"{write_report(folders, out_file, overwrite=overwrite)}: {len(folders)} evaluation{'s' * (len(folders) > 1)}", markup=False)
+    written = write_report(folders, out_file, overwrite=overwrite, kept=kept, reference=reference)
+    _show_effective_lengths(folders, kept, reference)
+    out.print(f"{written}: {len(folders)} evaluation{'s' * (len(folders) > 1)}", markup=False)
+
+
+def _show_effective_lengths(folders: list[Path], kept: float, reference: str) -> None:
+    from hf_longctx.files import read_json
+    from hf_longctx.reporting import effective_head, effective_lengths, effective_text
+    from hf_longctx.schema import parse_size
+
+    size, lines = parse_size(reference), []
+    for folder in folders:
+        found = effective_lengths(read_json(folder / "results.json"), kept, size)  # type: ignore[arg-type]
+        lines += [[*key, effective_text(each, size)] for key, each in found.items()]
+    if lines:
+        _table(("model", "task", "metric", effective_head(kept, size)), lines)
 
 
 @app.command()

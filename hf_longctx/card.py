@@ -141,7 +141,7 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> list[EvalResult]:
         )
         for each in evaluations
         for row in each.rows
-        if row["ours"] and row["depth"] is None and row["metric"] in ("accuracy", "perplexity")
+        if row["ours"] and row["depth"] is None and row["length"] and row["metric"] in ("accuracy", "perplexity")
     ]  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def _evaluation(found: Sequence[Evaluation]) -> str:
 def _limits(facts: Mapping[str, Any], found: Sequence[Evaluation]) -> str:
     lines = []
     window = facts.get("window")
-    measured = max((row["length"] for each in found for row in each.rows if row["ours"] and row["value"] is not None), default=0)
+    measured = max((row["length"] or 0 for each in found for row in each.rows if row["ours"] and row["value"] is not None), default=0)
     if window and measured < window:
         lines.append(f"Measured up to {format_size(measured)} of {format_size(window)} tokens." if measured else f"Not measured at {format_size(window)} tokens.")
     if any(not item.static for item in load_methods(facts["methods"])):

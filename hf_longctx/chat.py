@@ -45,6 +45,21 @@ def encode_chat(tokenizer: Any, messages: Messages, answers: bool) -> tuple[list
         raise ValueError(f"the chat template refuses a conversation: {error}") from None
 
 
+def around_question(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts before and behind the first message of a user, so that the answer follows. Raises ValueError as `encode_chat`."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template to ask within; leave out chat, or take a chat model's")
+    question = "QUESTION"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a question: {error}") from None
+    before, _, behind = text.rpartition(question)
+    return before, behind
+
+
 def _encode(tokenizer: Any, messages: Messages, **kwargs: Any) -> Any:
     return tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs)
 

@@ -10,22 +10,27 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from hf_longctx import checkpoint, files
 from hf_longctx.data import check_source, load_documents
+from hf_longctx.decoding import decode_cells
+from hf_longctx.lora import base_model
 from hf_longctx.method import Method, load_methods
+from hf_longctx.processes import Processes
 from hf_longctx.provenance import provenance
 from hf_longctx.recipe import DataSource
-from hf_longctx.reporting import plot_results
+from hf_longctx.reporting import is_share, plot_results
 from hf_longctx.schema import parse_size
-from hf_longctx.scoring import attempts, check_chunks, score_cells
+from hf_longctx.scoring import Reader, attempts, score_cells
 from hf_longctx.stats import bootstrap, paired_shares
-from hf_longctx.task import Cell, Result, Scored, Task, load_task
+from hf_longctx.task import Cell, ModelTask, Result, Scored, Task, all_or_nothing, load_task
 
 logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -36,8 +41,15 @@ BUILT_IN = "pydoc_data.topics"
 _DESCRIBES_MODEL = ("*.safetensors", "config.json", files.ADAPTER, files.SIDECAR, "tokenizer.json", "tokenizer.model")
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
-Key = tuple[str, str, int]  # model, task, length
-Passes = tuple[int | None, int | None]  # sequences, and tokens of a sequence, in one forward pass
+Key = tuple[str, str, int | None]  # model, task, length
+
+
+class Passes(NamedTuple):
+    """Sequences, and tokens of a sequence, in one forward pass, and how keys and values are held; see `scoring.score_cells`."""
+
+    batch_size: int | None
+    chunk: int | None
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,15 @@ class Subject:
         folder = files.local_folder(self.name, self.revision)
         return [path for pattern in _DESCRIBES_MODEL for path in folder.glob(pattern)]
 
+    def tokenizer(self) -> tuple[Any, Any] | None:
+        """Of the model, with its configuration; None where they cannot be had without its weights."""
+        if checkpoint.is_gguf(self.name):
+            return None
+        folder = files.local_folder(self.name, self.revision)
+        if not all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+            return None  # an adapter: its base has them
+        return checkpoint.load_tokenizer(folder, None), AutoConfig.from_pretrained(folder)
+
     def trained_window(self) -> int | None:
         """Of the model, as far as its configuration tells it."""
         return None if checkpoint.is_gguf(self.name) else checkpoint.inspect_model(self.name, revision=self.revision).get("trained_window")
@@ -76,7 +97,7 @@ def evaluate(
     model: str | Path, tasks: Sequence[Task | str | Mapping[str, Any]] = ("passkey", "perplexity"), lengths: Sequence[int | str] = (2048,), *,
     out: str | Path, data: str | Path | DataSource | None = None, methods: checkpoint.Specs = (), baseline: str | Path | None = None, revision: str | None = None,
     base: str | None = None, dtype: str | None = None, device: str | None = None, attn_implementation: str | None = None, seed: int = 0, batch_size: int | None = None,
-    chunk: int | str | None = None, progress: Progress | None = None,
+    chunk: int | str | None = None, cache: str = "dynamic", progress: Progress | None = None, together: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Measure a model, and a baseline beside it, by tasks at lengths.
 
@@ -95,17 +116,21 @@ def evaluate(
         batch_size: sequences in one forward pass; by default as many as fill 65,536 tokens on a GPU, 4,096 on a CPU.
         chunk: tokens of a sequence in one forward pass, or a size such as "4k": over states, or keys and values, the numbers stay the
             same. By default state-space models are read so that memory does not grow with length, and others at once.
+        cache: how keys and values are held where a text is read in chunks: "dynamic" in the model's dtype, "offloaded" to the host's
+            memory, "quantized" to 4 bits, which rounds the numbers (optimum-quanto). With the last two, all texts are read in chunks.
         progress: called with (what, done, total) in tokens.
+        together: torchrun started this process and others, each of which makes this call: they share the cells, the first one writes.
 
     Returns:
         The rows of results.json. A task that failed at a length is a row whose metric is "failed" and whose `error` says why.
         `seconds`, `tokens` and `peak_memory` (GiB allocated on the GPU, the model included) are of all depths together.
 
     Raises:
-        ValueError: an unknown task or model, an `out` that holds another evaluation, or a `chunk` for a model that needs its text at once.
+        ValueError: an unknown task or model, a length that a task or the text is too short for, an `out` that holds another evaluation, or a `chunk` or `cache` that the
+            model cannot be read with.
     """
     sizes = sorted({parse_size(length) for length in _several(lengths)})
-    passes = (batch_size, None if chunk is None else parse_size(chunk))
+    passes = Passes(batch_size, None if chunk is None else parse_size(chunk), cache)
     asked = [load_task(task) for task in _several(tasks)]
     if not asked or not sizes:
         raise ValueError("give at least one task and one length")
@@ -115,17 +140,24 @@ def evaluate(
     arguments = {
         "models": [[s.label, _digest(s.parts())] for s in subjects], "tasks": [task.to_dict() for task in chosen.values()], "lengths": sizes,
         "data": _described(source), "seed": seed, "dtype": dtype, "attn_implementation": attn_implementation,
+        "cache": cache if cache == "quantized" else None,  # the others change no number
     }  # fmt: skip
     folder = Path(out)
-    done = _resume(folder, arguments, subjects)
+    processes = Processes.of_torchrun() if together else Processes()
+    if not (folder / "results.jsonl").exists():
+        for subject in subjects:
+            _check(subject, chosen, sizes, source, seed)
+    done = processes.first(lambda: _resume(folder, arguments, subjects))
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     for subject in subjects:
-        plan = {(subject.label, title, length): chosen[title] for title in chosen for length in sizes if (subject.label, title, length) not in done}
-        for key, rows in _measure(subject, plan, source, options, seed, passes, progress):
-            _append(folder, rows)
+        plan = {(subject.label, title, length): chosen[title] for title in chosen for length in chosen[title].at(sizes) if (subject.label, title, length) not in done}
+        for key, rows in _measure(subject, plan, source, options, seed, passes, progress, processes):
+            if processes.rank == 0:
+                _append(folder, rows)
             done[key] = rows
-    found = [row for s in subjects for title in chosen for length in sizes for row in done[s.label, title, length]]
-    return _finish(folder, found + _changes(found, *(s.label for s in subjects)))
+    found = [row for s in subjects for title in chosen for length in chosen[title].at(sizes) for row in done[s.label, title, length]]
+    found += _changes(found, *(s.label for s in subjects))
+    return processes.first(lambda: _finish(folder, found))
 
 
 def _several(given: Any) -> Sequence[Any]:
@@ -144,29 +176,47 @@ def _subjects(name: str, methods: tuple[Method, ...], revision: str | None, base
 
 def spelled(item: Task | Method) -> str:
     """As on the command line, without what is left at its default: `yarn:factor=4`."""
-    changed = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != f.default}
+    changed = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != f.default and f.name != getattr(item, "inner", "")}
     return item.name + (":" + ",".join(f"{k}={_brief(v)}" for k, v in changed.items()) if changed else "")
 
 
 def _brief(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > 4:
         return f"{len(value)} numbers {hashlib.sha256(repr(tuple(value)).encode()).hexdigest()[:6]}"
+    if isinstance(value, str) and "/" in value and Path(value).expanduser().exists():  # results may be shown to others, and a file may change
+        return f"{Path(value).name}#{_digest(_files(Path(value).expanduser()))[:6]}"
     return str(value).removesuffix(".0")
+
+
+def _check(subject: Subject, tasks: Mapping[str, Task], lengths: Sequence[int], source: DataSource | None, seed: int) -> None:
+    """Raise ValueError, before any weights are loaded, if a task cannot be measured at a length: too short, or longer than the text."""
+    found = subject.tokenizer()
+    if found is None:
+        return
+    documents = read_documents(source, *found) if any(task.needs_text for task in tasks.values()) else []
+    for title, task in tasks.items():
+        for length in task.at(lengths):
+            if length is None or isinstance(task, ModelTask):
+                continue
+            try:
+                task.sample().cells(found[0], documents, length, seed)
+            except ValueError as error:
+                raise ValueError(f"{title} at {length}: {error}") from None
 
 
 # --- one model
 
 
 def _measure(
-    subject: Subject, plan: Mapping[Key, Task], source: DataSource | None, options: Mapping[str, Any], seed: int, passes: Passes, progress: Progress | None
+    subject: Subject, plan: Mapping[Key, Task], source: DataSource | None, options: Mapping[str, Any], seed: int, passes: Passes, progress: Progress | None,
+    processes: Processes,
 ) -> Iterator[tuple[Key, list[Row]]]:
     """Load the model, score each task at each length of `plan`, and free it."""
     if not plan:
         return
     _free()  # what a training before left behind
     model, tokenizer = checkpoint.load(subject.name, methods=subject.methods, revision=subject.revision, base=subject.base, **options)
-    if passes[1] is not None:
-        check_chunks(model.config)
+    Reader(base_model(model), *passes)  # refuses what does not go with the model
     documents = read_documents(source, tokenizer, model.config) if any(task.needs_text for task in plan.values()) else []
     about = {
         "model": subject.label, "revision": subject.commit(), "method": " + ".join(map(spelled, subject.methods or _methods_in(model))), "seed": seed,
@@ -174,16 +224,24 @@ def _measure(
     }  # fmt: skip
     for key, task in plan.items():
         _, title, length = key
-        what = f"{subject.label}: {title} at {length}"
+        what = f"{subject.label}: {title}" + (f" at {length}" if length else "")
         rows, error = [], ""
         try:
-            cells = task.cells(tokenizer, documents, length, seed)
-            outputs, cost = _score(model, cells, passes, what, progress)
-            targets = _same_text(cells)
-            rows = [about | cost | _numbers(result, targets) for result in task.score(cells, outputs, tokenizer)]
+            if isinstance(task, ModelTask):
+                start = time.perf_counter()
+                results, targets = processes.first(partial(task.run, model, tokenizer, length, passes.batch_size))
+                cost: Row = {"seconds": round(time.perf_counter() - start, 3)}
+            else:
+                assert length is not None  # cells always have one
+                cells = task.cells(tokenizer, documents, length, seed)
+                parts = processes.gather(partial(_score, model, processes.share(cells), passes, what, progress))
+                outputs, cost = [output for said, _ in parts for output in said], _summed([each for _, each in parts])
+                results, targets = task.score(cells, outputs, tokenizer), _same_text(cells)
+            rows = [about | cost | _numbers(result, targets) for result in results]
         except (RuntimeError, ValueError, MemoryError) as problem:  # out of memory, or text too short: the others go on
             error = next(iter(str(problem).splitlines()), "") or type(problem).__name__
-            logger.error("%s failed: %s", what, error)
+            if processes.rank == 0:  # all of them know
+                logger.error("%s failed: %s", what, error)
         if error:  # outside of the handler, which keeps the tensors of the failed call alive
             rows = [about | {"metric": "failed", "n": 0, "error": error}]
             _free()
@@ -194,15 +252,18 @@ def _measure(
 
 def _score(model: Any, cells: Sequence[Cell], passes: Passes, what: str, progress: Progress | None) -> tuple[list[Scored], Row]:
     """Outputs, all of them finite, and what they cost. Where memory does not suffice, less is read at a time."""
+    if not cells:  # fewer than there are processes
+        return [], {"seconds": 0.0, "tokens": 0, "peak_memory": None}
     device = next(model.parameters()).device
-    tokens = sum(len(cell.ids) for cell in cells)
-    tried = attempts(model.config, cells, *passes, device.type)
+    tokens = sum(cell.size for cell in cells)
+    read = decode_cells if any(cell.free for cell in cells) else score_cells
+    tried = attempts(model.config, cells, passes.batch_size, passes.chunk, device.type)
     for size, chunk in tried:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         try:
-            outputs = score_cells(model, cells, size, _counter(progress, what, tokens), chunk)  # its results lie on the CPU: nothing is pending
+            outputs = read(model, cells, size, _counter(progress, what, tokens), chunk, cache=passes.cache)  # its results lie on the CPU: nothing is pending
             break
         except torch.OutOfMemoryError:
             if (size, chunk) == tried[-1]:
@@ -216,8 +277,14 @@ def _score(model: Any, cells: Sequence[Cell], passes: Passes, what: str, progres
     return outputs, {"seconds": round(seconds, 3), "tokens": tokens, "peak_memory": peak}
 
 
+def _summed(costs: Sequence[Row]) -> Row:
+    """Of processes that worked at the same time."""
+    peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
+    return {"seconds": max(cost["seconds"] for cost in costs), "tokens": sum(cost["tokens"] for cost in costs), "peak_memory": max(peaks, default=None)}
+
+
 def _is_finite(cell: Cell, output: Scored) -> bool:
-    said = [output.nll[: len(cell.targets)], *([] if output.probabilities is None else [output.probabilities])]
+    said = [output.nll if cell.free else output.nll[: len(cell.targets)], *([] if output.probabilities is None else [output.probabilities])]
     return all(np.isfinite(each).all() for each in said)
 
 
@@ -291,10 +358,14 @@ def _described(source: DataSource | None) -> Any:
     if source is None:
         return built_in_source()
     check_source(source)  # before `out` is taken, and also where no task reads it
-    path = Path(source.path).expanduser()
-    found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+    found = _files(Path(source.path).expanduser())
     kept = {key: value for key, value in asdict(source).items() if key not in ("weight", "short")}
     return kept | ({"files": _digest(found)} if found else {})
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, those below a folder, or none."""
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
 
 
 def _digest(paths: Iterable[Path], samples: int = 16, size: int = 4096) -> str:
@@ -343,7 +414,7 @@ def _read_rows(path: Path) -> dict[Key, list[Row]]:
             continue
         if row["metric"] != "failed":
             groups.setdefault((row["model"], row["task"], row["length"]), []).append(row)
-    whole = {key: rows[::-1] for key, rows in groups.items() if rows[-1]["depth"] is None}
+    whole = {key: rows[::-1] for key, rows in groups.items() if rows[-1].get("rows") == len(rows)}
     if path.exists():
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(map(_lines, whole.values())), encoding="utf-8")
@@ -352,8 +423,8 @@ def _read_rows(path: Path) -> dict[Key, list[Row]]:
 
 
 def _lines(rows: Sequence[Row]) -> str:
-    """The rows of one task at one length, the overall one last: where it is there, all are."""
-    blank = dict.fromkeys(COLUMNS)
+    """The rows of one task at one length, each with their number: it tells whether all are there. The overall one is the last."""
+    blank = dict.fromkeys(COLUMNS) | {"rows": len(rows)}
     return "".join(json.dumps(blank | row, allow_nan=False) + "\n" for row in reversed(rows))
 
 
@@ -405,7 +476,8 @@ def _change(row: Row, other: Row, metric: str) -> Row:
         return math.expm1(difference(index))
 
     statistic = relative if row["metric"] in ("perplexity", "nll") else difference
-    interval = paired_shares(here.tolist(), there.tolist()) if row["metric"] == "accuracy" else bootstrap(statistic, clusters)
+    shares = is_share(row["metric"]) and all_or_nothing([*here, *there])
+    interval = paired_shares(here.tolist(), there.tolist()) if shares else bootstrap(statistic, clusters)
     low, high = (None if math.isnan(end) else end for end in interval)
     kept = {key: item for key, item in row.items() if key not in ("paired", "seconds", "peak_memory", "tokens")}
     return kept | {"metric": metric, "value": statistic(slice(None)), "ci_low": low, "ci_high": high}

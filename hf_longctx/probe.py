@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
+from hf_longctx.decoding import decode_cells
 from hf_longctx.evaluation import read_documents
 from hf_longctx.loss import evaluating
 from hf_longctx.recipe import DataSource, ProbeSpec
@@ -97,7 +98,8 @@ class Probe(TrainerCallback):
     def _score(self, model: Any, each: Probed) -> Result | None:
         """None where memory does not suffice: the training is worth more than its probe."""
         try:
-            outputs = score_cells(model, each.cells, batch_size=1)  # beside the optimizer memory is scarce
+            read = decode_cells if any(cell.free for cell in each.cells) else score_cells
+            outputs = read(model, each.cells, batch_size=1)  # beside the optimizer memory is scarce
         except torch.OutOfMemoryError:
             logger.warning("%s: out of memory; not measured", each.name)
             return None

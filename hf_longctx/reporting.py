@@ -4,13 +4,20 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_longctx.files import read_json
 from hf_longctx.schema import format_size
 
-SHARES = ("accuracy", "effective_remembrance")  # metrics from 0 to 1, whose changes are points
+SCORES = ("accuracy", "acc", "acc_norm", "exact_match", "f1")  # from 0 to 1, more is better; all but the first are the harness's
+SHARES = (*SCORES, "effective_remembrance")  # metrics from 0 to 1, whose changes are points
+KEPT, REFERENCE = 0.85, 2048  # of the effective length: the share that Modarressi et al. (2025, NoLiMa) ask for
 _COLOURS = ("#3b6fb6", "#c4572e", "#4f9b58", "#8a5fb0", "#b3892b", "#5b8c94")
+
+
+def is_share(metric: str) -> bool:
+    """Whether its changes are points; the harness's names may end in a filter of answers, as exact_match/strict-match."""
+    return metric.partition("/")[0] in SHARES
 
 
 def check_results(folders: Sequence[str | Path]) -> list[Path]:
@@ -21,15 +28,90 @@ def check_results(folders: Sequence[str | Path]) -> list[Path]:
     return [Path(folder) for folder in folders]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A header and a line for each (model, task, metric), a column a length; depths are left to the pictures."""
+class EffectiveLength(NamedTuple):
+    """How far a score holds.
+
+    Attributes:
+        length: the longest length, in tokens, whose score keeps its share, as do those of all measured lengths between; None
+            if the score at `reference` is 0, of which there is no share.
+        reference: the length that it is a share of: the one asked for, or the shortest that was measured.
+        longest: no longer one was measured; the score may hold further.
+    """
+
+    length: int | None
+    reference: int
+    longest: bool
+
+
+def effective_lengths(rows: Sequence[Mapping[str, Any]], kept: float = KEPT, reference: int = REFERENCE) -> dict[tuple[str, str, str], EffectiveLength]:
+    """For each (model, task, metric) with a score at two lengths or more; the definition is that of NoLiMa (arXiv:2502.05167).
+
+    Scores are those from 0 to 1 of which more is better; perplexity has no effective length. A length that failed does not hold.
+
+    Args:
+        kept: the share of the score at `reference` that has to be kept, 0 to 1.
+        reference: tokens.
+
+    Raises:
+        ValueError: `kept` is not above 0 and at most 1.
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"the share of the score that is kept must be above 0 and at most 1, got {kept}")
+    overall = [row for row in rows if row["depth"] is None and row["length"] is not None]
+    found = {}
+    for key in dict.fromkeys((row["model"], row["task"], row["metric"]) for row in overall if row["metric"] in SCORES):
+        mine = [row for row in overall if (row["model"], row["task"]) == key[:2] and row["metric"] in (key[2], "failed")]
+        scores = {row["length"]: row["value"] for row in mine}
+        if sum(value is not None for value in scores.values()) > 1:
+            found[key] = _effective_length(scores, kept, reference)
+    return found
+
+
+def _effective_length(scores: Mapping[int, float | None], kept: float, reference: int) -> EffectiveLength:
+    start = reference if scores.get(reference) is not None else min(length for length, value in scores.items() if value is not None)
+    first = scores[start]
+    if not first:
+        return EffectiveLength(None, start, False)
+    lengths = sorted(length for length in scores if length >= start)
+    holds = [(value := scores[length]) is not None and value >= kept * first - 1e-12 for length in lengths]
+    count = (*holds, False).index(False)
+    return EffectiveLength(lengths[count - 1], start, all(holds))
+
+
+def effective_text(found: EffectiveLength | None, reference: int = REFERENCE) -> str:
+    """`8k`; `≥ 32k` where no longer length was measured; with the length that it is a share of, if not the one asked for."""
+    if found is None:
+        return ""
+    size = "–" if found.length is None else f"{'≥ ' * found.longest}{format_size(found.length)}"
+    return size + (f" (of {format_size(found.reference)})" if found.reference != reference else "")
+
+
+def effective_head(kept: float = KEPT, reference: int = REFERENCE) -> str:
+    """Of its column: what it is the longest length of."""
+    return f"effective length ({100 * kept:.4g} % of {format_size(reference)})"
+
+
+def name_of_length(length: int | None) -> str:
+    """Of its column: some results are of a task as it is, at no length."""
+    return "no length" if length is None else format_size(length)
+
+
+def sorted_lengths(rows: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """Those of the rows; what has none comes first."""
+    return sorted({row["length"] for row in rows}, key=lambda length: length or 0)
+
+
+def table(rows: Sequence[Mapping[str, Any]], kept: float = KEPT, reference: int = REFERENCE) -> list[list[str]]:
+    """A header and a line for each (model, task, metric), a column a length, and one of effective lengths where there are some;
+    depths are left to the pictures. Raises ValueError as `effective_lengths`."""
     overall = [row for row in rows if row["depth"] is None]
-    lengths = sorted({row["length"] for row in overall})
-    lines = [["model", "task", "metric", *map(format_size, lengths)]]
-    shares = {row["task"] for row in rows if row["metric"] in SHARES}
+    lengths, effective = sorted_lengths(overall), effective_lengths(overall, kept, reference)
+    lines = [["model", "task", "metric", *map(name_of_length, lengths), *([effective_head(kept, reference)] if effective else [])]]
+    shares = {row["task"] for row in rows if is_share(row["metric"])}
     for key in dict.fromkeys((row["model"], row["task"], row["metric"]) for row in overall):
         found = {row["length"]: row for row in overall if (row["model"], row["task"], row["metric"]) == key}
-        lines.append([*key, *(cell_text(found.get(length), key[1] in shares) for length in lengths)])
+        holds = [effective_text(effective.get(key), reference)] if effective else []
+        lines.append([*key, *(cell_text(found.get(length), key[1] in shares) for length in lengths), *holds])
     return lines
 
 
@@ -41,7 +123,8 @@ def cell_text(row: Mapping[str, Any] | None, share: bool) -> str:
         return "failed"
     change = row["metric"].startswith("change")
     scale, unit = (100, " points" if share else " %") if change else (1, "")
-    digits = "+.1f" if change else ".2f" if abs(row["value"]) < 1000 else ".0f"
+    size = abs(row["value"])
+    digits = "+.1f" if change else ".2g" if 0 < size < 0.01 else ".2f" if size < 1000 else ".0f"
     value, *interval = (None if row[k] is None else f"{scale * row[k]:{digits}}" for k in ("value", "ci_low", "ci_high"))
     return f"{value}{unit}" + (f" [{', '.join(map(str, interval))}]" if None not in interval else "")
 
@@ -54,7 +137,7 @@ def plot_results(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = [task.partition(":")[0] for task in tasks]
     for task, family in zip(tasks, families, strict=True):
-        path = folder / f"{family if families.count(family) == 1 else re.sub('[^A-Za-z0-9._=-]+', '-', task)}.png"
+        path = folder / (re.sub("[^A-Za-z0-9._=-]+", "-", family if families.count(family) == 1 else task) + ".png")
         if _draw(task, [row for row in rows if row["task"] == task], path):
             made.append(path)
     return made
@@ -67,7 +150,7 @@ def _draw(task: str, rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         if metric in by_depth:
             draw(task, rows, path)
             return True
-    overall = [row for row in rows if row["metric"] in ("accuracy", "perplexity")]
+    overall = [row for row in rows if row["metric"] in ("accuracy", "perplexity") and row["length"] is not None]
     if overall:
         _curves(task, overall, path)
     return bool(overall)

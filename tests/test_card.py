@@ -63,6 +63,16 @@ def test_the_card_says_what_was_made_and_measured(model, tmp_path):
     ]  # fmt: skip  (the baseline's numbers are not this model's)
 
 
+def test_numbers_without_a_length_are_in_the_table_and_not_in_the_metadata(model, tmp_path):
+    results = evaluation(tmp_path / "results", "/x/tuned", "/x/plain")
+    short = ROW | {"model": "/x/tuned", "length": None, "task": "lm_eval/lambada", "metric": "perplexity", "value": 9.5}
+    files.write_json(results / "results.json", [short, *files.read_json(results / "results.json")])
+    card = make_card(model, "me/long", results=[results])
+    assert "| model | task | metric | no length | 64 | 256 |" in card.text
+    assert "| long | lm_eval/lambada | perplexity | 9.50 [0.70, 0.97] |" in card.text
+    assert len(ModelCard(card.text).data.eval_results) == 4
+
+
 def test_numbers_of_another_method_are_not_this_models(model, tmp_path):
     results = evaluation(tmp_path / "results", "/x/plain", "/y/plain", method="ntk:factor=2")
     card = make_card(model, "me/long", results=[results])

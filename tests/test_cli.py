@@ -151,8 +151,8 @@ OPTIONS = {
     "finetune": "RECIPE --out --set --dry-run --resume --overwrite --num-gpus",
     "merge": "ADAPTER_DIR --out --base --overwrite",
     "push": "DIR REPO_ID --private --revision --create-pr --base --results",
-    "eval": "MODEL --lengths --out --task -m --method --data --baseline --revision --base --device --dtype --seed --batch-size --chunk",
-    "report": "DIR... --out --overwrite",
+    "eval": "MODEL --lengths --out --task -m --method --data --baseline --revision --base --device --dtype --seed --batch-size --chunk --cache --num-gpus",
+    "report": "DIR... --out --overwrite --kept --reference",
     "demo": "--out",
     "schema": "",
 }
@@ -351,7 +351,7 @@ def test_patch_inspect_finetune_merge_eval(longctx, base, recipe_file, tmp_path)
     status, out, _ = longctx(*words)
     assert status == 0
     head, *lines = out.splitlines()
-    assert head.split() == ["model", "task", "metric", "420", "512"]
+    assert head.split() == ["model", "task", "metric", "420", "512", "effective", "length", "(85", "%", "of", "2k)"]
     assert [line.split()[:3] for line in lines[:2]] == [[name, "passkey:n=1,depths=2", "accuracy"] for name in ("merged", "patched")]
     assert {"results.json", "results.csv", "passkey.png"} <= {path.name for path in (tmp_path / "results").iterdir()}
     rows = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -362,11 +362,18 @@ def test_patch_inspect_finetune_merge_eval(longctx, base, recipe_file, tmp_path)
 
 
 def test_a_failed_cell_is_status_1_after_the_others(longctx, base):
-    status, out, _ = longctx("eval", base, "--lengths", "100,450", "--task", "passkey:n=1,depths=1", "--out", "out")
+    status, out, _ = longctx("eval", base, "--lengths", "450", "--task", "state_norm", "--task", "passkey:n=1,depths=1", "--out", "out")
     assert status == 1
     assert "failed" in out
     rows = json.loads(Path("out/results.json").read_text())
-    assert {(row["length"], row["metric"]) for row in rows if row["depth"] is None} == {(100, "failed"), (450, "accuracy")}
+    assert [(row["task"].partition(":")[0], row["metric"]) for row in rows if row["depth"] is None] == [("state_norm", "failed"), ("passkey", "accuracy")]
+
+
+def test_a_length_that_is_too_short_is_one_line(longctx, base):
+    status, out, err = longctx("eval", base, "--lengths", "100,450", "--task", "passkey:n=1,depths=1", "--out", "out")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("longctx: passkey:n=1,depths=1 at 100: a prompt of 100 tokens is too short")
+    assert not Path("out").exists()
 
 
 def test_the_text_is_named_where_one_is_used(longctx, base, tokens):
@@ -403,7 +410,7 @@ def test_a_recipe_can_end_in_an_evaluation(longctx, recipe_file, tmp_path, lengt
     found = longctx("finetune", recipe_file, "--out", "run", "--set", wish)
     assert found.status == status
     assert "run: an adapter" in found.out
-    assert (tmp_path / "run" / "eval" / "results.json").is_file()
+    assert (tmp_path / "run" / "eval" / "results.json").is_file() == (status == 0)
 
 
 # finetune

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from hf_longctx import checkpoint, evaluation, scoring, task
+from hf_longctx.decoding import decode_cells
 from hf_longctx.evaluation import COLUMNS, built_in_source, evaluate, score_cells
 from hf_longctx.recipe import DataSource
 from hf_longctx.stats import bootstrap
-from hf_longctx.task import Cell, Scored, exact_match, load_task
-from tests.conftest import WINDOW, byte_tokenizer, largest_tensor, tiny_config, tiny_model, write_tokens
+from hf_longctx.task import Cell, Scored, exact_match, load_task, task_class
+from tests.conftest import WINDOW, byte_tokenizer, largest_tensor, refused_in_a_line, tiny_config, tiny_model, write_tokens
 
 PASSKEY = {"name": "passkey", "n": 2, "depths": 2}
 PPL = {"name": "perplexity", "stride": 16}
@@ -89,10 +91,10 @@ def test_a_stop_behind_the_last_token_asks_for_the_models_choice():
 
 def test_batches_hold_cells_of_one_length_up_to_the_tokens_at_once(monkeypatch):
     cells, config = random_cells((10, 20, 10, 10, 20)), tiny_config()
-    assert list(scoring._batches(cells, config, 2, None, "cpu")) == [[0, 2], [3], [1, 4]]
-    assert list(scoring._batches(cells, config, None, None, "cpu")) == [[0, 2, 3], [1, 4]]
+    assert list(scoring.batches(cells, config, 2, None, "cpu")) == [[0, 2], [3], [1, 4]]
+    assert list(scoring.batches(cells, config, None, None, "cpu")) == [[0, 2, 3], [1, 4]]
     monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 25)
-    assert list(scoring._batches(cells, config, None, None, "cpu")) == [[0, 2], [3], [1], [4]]
+    assert list(scoring.batches(cells, config, None, None, "cpu")) == [[0, 2], [3], [1], [4]]
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}])
@@ -147,21 +149,19 @@ def test_forward_passes_are_counted(monkeypatch):
 
 def test_forced_scoring_agrees_with_greedy_decoding(smollm2):
     model, tokenizer = checkpoint.load(smollm2, device="cpu")
-    cells = load_task({"name": "passkey", "n": 1, "depths": 6}).cells(tokenizer, [], 512, seed=0)
-    assert (cells[0].depth, cells[-1].depth) == (0.0, 1.0)
-    for i in (1, 4):  # another digit than the one that is in the text
+    cells = load_task({"name": "passkey", "n": 1, "depths": 4}).cells(tokenizer, [], 128, seed=0)
+    for i in (1, 2):  # another digit than the one that is in the text
         ids = cells[i].ids.copy()
         ids[cells[i].start + i] = tokenizer.convert_tokens_to_ids(str((int(tokenizer.decode(ids[cells[i].start + i])) + 1) % 10))
         cells[i] = Cell(ids, cells[i].start, cells[i].stop, cells[i].depth)
-    outcomes = []
-    for cell, output in zip(cells, score_cells(model, cells), strict=True):
-        prompt, answer = torch.from_numpy(cell.ids[: cell.start])[None], tokenizer.decode(cell.targets)
-        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(cell.targets) + 1, pad_token_id=0)
-        said = tokenizer.decode(made[0, cell.start :])
-        generated = said.startswith(answer) and not said[len(answer) :][:1].isdigit()
-        outcomes.append((exact_match(cell, output, tokenizer), generated))
-    assert [forced for forced, _ in outcomes] == [generated for _, generated in outcomes]
-    assert {forced for forced, _ in outcomes} == {True, False}
+    free = [Cell(cell.ids[: cell.start], cell.start, cell.stop) for cell in cells]
+    forced, generated = [], []
+    for cell, output, written in zip(cells, score_cells(model, cells), decode_cells(model, free), strict=True):
+        said, answer = tokenizer.decode(written.best), tokenizer.decode(cell.targets)
+        forced.append(exact_match(cell, output, tokenizer))
+        generated.append(said.startswith(answer) and not said[len(answer) :][:1].isdigit())
+    assert forced == generated
+    assert {*forced} == {True, False}
 
 
 # --- evaluate
@@ -189,17 +189,17 @@ def other(tmp_path_factory) -> Path:
 def calls(monkeypatch) -> list[int]:
     """The length of the cells of each call of score_cells."""
     made, real = [], evaluation.score_cells
-    monkeypatch.setattr(evaluation, "score_cells", lambda model, cells, *rest: made.append(len(cells[0].ids)) or real(model, cells, *rest))
+    monkeypatch.setattr(evaluation, "score_cells", lambda model, cells, *rest, **more: made.append(len(cells[0].ids)) or real(model, cells, *rest, **more))
     return made
 
 
 @pytest.mark.floor
-def test_rows_name_what_made_them(base, tokens, tmp_path):
+def test_rows_name_what_made_them(base, long_tokens, tmp_path):
     seen = []
-    rows = evaluate(base, [PPL, PASSKEY], ["400", 64], out=tmp_path, data=tokens, seed=3, progress=lambda *now: seen.append(now))
+    rows = evaluate(base, [PPL, PASSKEY], ["400", 380], out=tmp_path, data=long_tokens, seed=3, progress=lambda *now: seen.append(now))
     assert [(r["task"], r["length"], r["metric"], r["depth"]) for r in rows] == [
-        ("perplexity:stride=16", 64, "failed", None), ("perplexity:stride=16", 400, "failed", None), ("passkey:n=2,depths=2", 64, "failed", None),
-        ("passkey:n=2,depths=2", 400, "accuracy", None), ("passkey:n=2,depths=2", 400, "accuracy", 0.0), ("passkey:n=2,depths=2", 400, "accuracy", 1.0),
+        ("perplexity:stride=16", 380, "perplexity", None), ("perplexity:stride=16", 400, "perplexity", None),
+        *[("passkey:n=2,depths=2", length, "accuracy", depth) for length in (380, 400) for depth in (None, 0.0, 1.0)],
     ]  # fmt: skip
     last = rows[-1]
     assert tuple(last) == COLUMNS
@@ -214,8 +214,8 @@ def test_rows_name_what_made_them(base, tokens, tmp_path):
     assert seen[-1] == (f"{base}: passkey:n=2,depths=2 at 400", 1600, 1600)
 
 
-def test_the_files_agree_and_are_valid_json(base, tokens, tmp_path, pictures):
-    rows = evaluate(base, [PPL, PASSKEY], [64, 400], out=tmp_path, data=DataSource(str(tokens)))
+def test_the_files_agree_and_are_valid_json(base, long_tokens, tmp_path, pictures):
+    rows = evaluate(base, [PPL, PASSKEY, "state_norm"], [380, 400], out=tmp_path, data=DataSource(str(long_tokens)))
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
@@ -225,7 +225,7 @@ def test_the_files_agree_and_are_valid_json(base, tokens, tmp_path, pictures):
         json.loads(line, parse_constant=refuse)
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [dict(r) for r in csv.DictReader(file)] == [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
-    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "results.jsonl", "results.json", "results.csv", "passkey.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "results.jsonl", "results.json", "results.csv", "passkey.png", "perplexity.png"}
     assert (tmp_path / "passkey.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -268,12 +268,12 @@ def test_tasks_that_need_no_text_read_none(base, tmp_path, monkeypatch):
 
 
 def test_bfloat16(base, tokens, tmp_path):
-    rows = [evaluate(base, [PPL, PASSKEY], [400 if kind else 64], out=tmp_path / f"{kind}{dtype}", data=tokens, dtype=dtype) for kind in (0, 1) for dtype in ("float32", "bfloat16")]
+    rows = [evaluate(base, PASSKEY if kind else PPL, [400 if kind else 64], out=tmp_path / f"{kind}{dtype}", data=tokens, dtype=dtype) for kind in (0, 1) for dtype in ("float32", "bfloat16")]
     full, half = (r[0] for r in rows[:2])
     assert (full["dtype"], half["dtype"]) == ("float32", "bfloat16")
     assert half["value"] == pytest.approx(full["value"], rel=0.05)
     assert half["value"] != full["value"]
-    assert rows[3][1]["metric"] == "accuracy"
+    assert rows[3][0]["metric"] == "accuracy"
 
 
 @pytest.mark.floor
@@ -298,7 +298,7 @@ def test_the_hub_commit_is_the_revision(base, tmp_path):
 
 # --- stopping and going on
 
-TWO = ([TAIL, PASSKEY], [32, 64, 400])
+TWO = ([TAIL, PASSKEY], [400, 420, 440])
 
 
 def stopping(after: int):
@@ -328,7 +328,7 @@ def whole(base, other, long_tokens, tmp_path_factory):
 
 @pytest.mark.parametrize("after", [1, 3, 6])
 def test_a_stopped_run_goes_on_where_it_stopped(after, base, other, long_tokens, tmp_path, calls, whole):
-    """Cells in order: three of tail perplexity, then passkey at 400 (too short at 32 and 64), of each model."""
+    """Cells in order: three lengths of tail perplexity, then of passkey, of each model."""
     with pytest.raises(KeyboardInterrupt):
         evaluate(base, *TWO, out=tmp_path, data=long_tokens, baseline=other, progress=stopping(after))
     assert len(calls) == after
@@ -336,7 +336,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(after, base, other, long_tokens,
     assert done == after - 1
     calls.clear()
     rows = evaluate(base, *TWO, out=tmp_path, data=long_tokens, baseline=other)
-    assert len(calls) == 8 - done
+    assert len(calls) == 12 - done
     assert without_cost(rows) == whole[0]
     paired = [[{k: v for k, v in r.items() if k not in ("seconds", "peak_memory")} for r in made if r["metric"] != "failed"] for made in (rows_of(tmp_path), whole[1])]
     assert paired[0] == paired[1]
@@ -349,6 +349,48 @@ def test_a_finished_run_is_only_read(base, long_tokens, tmp_path, calls, monkeyp
     monkeypatch.setattr(checkpoint, "load", None)
     assert evaluate(base, TAIL, ["64", 32, 32], **arguments) == rows
     assert not calls
+
+
+def test_a_group_with_two_overall_rows_cut_between_them_is_done_again(base, long_tokens, tmp_path, calls):
+    task = {"name": "longppl", "context": 32, "stride": 16, "documents": 1, "alpha": -100, "beta": -100}
+    arguments = {"out": tmp_path, "data": long_tokens}
+    rows = evaluate(base, task, 64, **arguments)
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == len(rows) > 1
+    path.write_text(lines[0])
+    calls.clear()
+    assert without_cost(evaluate(base, task, 64, **arguments)) == without_cost(rows)
+    assert calls
+
+
+def test_a_local_path_in_a_tasks_options_is_not_shown(tmp_path):
+    """Its name and a digest of what it holds are."""
+    path = tmp_path / "squad.json"
+    task = task_class("qa_1")(path=str(path))
+    assert evaluation.spelled(task) == f"qa_1:path={path}"
+    shown = []
+    for content in ("{}", "[]"):
+        path.write_text(content)
+        shown.append(evaluation.spelled(task))
+    assert all(re.fullmatch(r"qa_1:path=squad\.json#[0-9a-f]{6}", each) for each in shown)
+    assert shown[0] != shown[1]
+
+
+@pytest.mark.parametrize(("cache", "message"), [("quantised", "got 'quantised'"), ("offloaded", "moves keys and values off a CUDA GPU")])
+def test_a_cache_that_cannot_be_had_is_refused(cache, message, base, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate(base, PASSKEY, 400, out=tmp_path, device="cpu", cache=cache)
+
+
+def test_the_kind_of_cache_reaches_scorer_and_decoder(base, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluation, "Reader", lambda *_: None)
+    for name in ("score_cells", "decode_cells"):
+        real = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *args, cache, name=name, real=real: given.append((name, cache)) or real(*args))
+    evaluate(base, [PASSKEY, {"name": "vt", "n": 1}], 2500, out=tmp_path, cache="quantized")
+    assert given == [("score_cells", "quantized"), ("decode_cells", "quantized")]
 
 
 @pytest.mark.parametrize("cut", ["in a line", "between lines", "at the end of a line"])
@@ -442,17 +484,43 @@ def test_token_ids_of_another_vocabulary_are_refused(base, tmp_path):
 
 @pytest.mark.floor
 def test_what_fails_is_a_row_and_the_others_go_on(base, tokens, tmp_path, caplog):
-    rows = evaluate(base, [TAIL | {"tokens": 40}, PASSKEY], [32, 64, 400], out=tmp_path, data=tokens)
-    assert [(r["length"], r["metric"]) for r in rows if r["depth"] is None] == [(32, "failed"), (64, "failed"), (400, "failed"), (32, "failed"), (64, "failed"), (400, "accuracy")]
+    rows = evaluate(base, ["state_norm", TAIL | {"tokens": 20}], [32, 64], out=tmp_path, data=tokens)
+    assert [(r["length"], r["metric"]) for r in rows] == [(32, "failed"), (64, "failed"), (32, "perplexity"), (64, "perplexity"), (64, "change_from_32")]
     failed = rows[0]
     assert tuple(failed) == COLUMNS
     assert (failed["value"], failed["ci_low"], failed["n"]) == (None, None, 0)
-    assert failed["error"] == "spans of 40 tokens leave no context at length 32; set tokens lower"
-    assert "no document has 400 tokens" in rows[1]["error"]
+    assert failed["error"].startswith("llama has no state")
     assert failed["error"] in caplog.text
 
 
-def out_of_memory(model, cells, batch_size=None, on_tokens=None, chunk=None):
+@pytest.mark.floor
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([PASSKEY, TAIL], "passkey:n=2,depths=2 at 64: a prompt of 64 tokens is too short: the task itself takes 2"),
+        ([PASSKEY | {"n": 1}, "perplexity"], "passkey:n=1,depths=2 at 64: a prompt of 64"),
+        ([TAIL | {"tokens": 70}], "tail_perplexity:tokens=70,spans=4 at 64: spans of 70 tokens leave no context at length 64; set tokens lower"),
+        ([{"name": "niah_single_2", "scoring": "generated"}], "niah_single_2:scoring=generated at 64: a length of 64 tokens is too short: the answer alone may have 128"),
+        (["niah_single_2"], "niah_single_2 at 64: a prompt of 64 tokens"), (["position_nll"], "position_nll at 400: no document has 400 tokens"),
+        (["qa_1"], "qa_1 needs SQuAD's dev-v2.0.json"), ([{"name": "qa_2", "path": "nowhere.json"}], "nowhere.json cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(tasks, message, base, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", None)
+    refused_in_a_line(lambda: evaluate(base, tasks, [64, 400], out=tmp_path / "out", data=tokens), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_the_weights_tell_is_not_asked_for_before(base, tmp_path):
+    for name in ("config.json", "model.safetensors"):  # of an adapter, the base has the tokenizer
+        (tmp_path / name).symlink_to(base / name)
+    assert evaluation.Subject(str(tmp_path), (), None, None).tokenizer() is None
+    assert evaluation.Subject("model.gguf", (), None, None).tokenizer() is None
+    tokenizer, config = evaluation.Subject(str(base), (), None, None).tokenizer()
+    assert (len(tokenizer), config.vocab_size) == (259, 300)
+
+
+def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore lines")
 
 
@@ -460,7 +528,7 @@ def test_what_failed_is_tried_again_and_leaves_no_trace(base, tokens, tmp_path, 
     arguments = {"out": tmp_path, "data": tokens}
     with monkeypatch.context() as patched:
         real = evaluation.score_cells
-        patched.setattr(evaluation, "score_cells", lambda model, cells, *rest: (out_of_memory if len(cells[0].ids) == 64 else real)(model, cells, *rest))
+        patched.setattr(evaluation, "score_cells", lambda model, cells, *rest, **more: (out_of_memory if len(cells[0].ids) == 64 else real)(model, cells, *rest, **more))
         rows = evaluate(base, PPL | {"tokens": 100}, [32, 64, 100], **arguments)
     assert [r["metric"] for r in rows] == ["perplexity", "failed", "perplexity"]
     assert rows[1]["error"] == "CUDA out of memory. Tried to allocate 1 TiB"
@@ -482,7 +550,7 @@ def test_out_of_memory_is_tried_again_with_less_at_a_time(size, chunk, tried, ba
     monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 1024)
     real, found, seen = evaluation.score_cells, [], []
 
-    def tight(model, cells, batch_size=None, on_tokens=None, chunk=None):
+    def tight(model, cells, batch_size=None, on_tokens=None, chunk=None, cache="dynamic"):
         found.append((batch_size, chunk))
         if len(found) < len(tried):
             on_tokens(64)
@@ -503,18 +571,18 @@ def test_a_model_that_has_to_be_read_at_once_is_not_tried_in_chunks():
         assert scoring.attempts(config, cells, None, None, "cpu") == [(None, None), (1, None)]
 
 
-def test_a_model_that_gives_nan_has_failed(tmp_path, tokens):
+def test_a_model_that_gives_nan_has_failed(tmp_path, long_tokens):
     model = tiny_model()
     model.lm_head.weight.data[5] = math.nan
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    rows = evaluate(tmp_path / "model", [PPL, PASSKEY], [400], out=tmp_path / "out", data=tokens)
+    rows = evaluate(tmp_path / "model", [PPL, PASSKEY], [400], out=tmp_path / "out", data=long_tokens)
     assert rows[1]["error"] == "the model gives probabilities that are not finite"
     assert [r["metric"] for r in rows] == ["failed", "failed"]
 
 
 def test_a_mistake_of_ours_is_not_hidden(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "score_cells", lambda *_: {}["missing"])
+    monkeypatch.setattr(evaluation, "score_cells", lambda *_, **__: {}["missing"])
     with pytest.raises(KeyError):
         evaluate(base, PASSKEY, 400, out=tmp_path)
 
@@ -527,7 +595,7 @@ def stubbed(monkeypatch, base):
     """Models that know their scores: `scores(is_base, cell) -> nll`; retrieval is right where it is 0."""
 
     def install(scores):
-        def stub(model, cells, batch_size=None, on_tokens=None, chunk=None):
+        def stub(model, cells, *_, **__):
             outputs = []
             for i, cell in enumerate(cells):
                 nll = np.full(cell.stop - cell.start, scores(model.config._name_or_path == str(base), i, cell))
@@ -556,11 +624,11 @@ def test_tail_perplexity_is_compared_with_every_shorter_length(base, tokens, tmp
 
 
 @pytest.mark.floor
-def test_everything_is_compared_with_the_baseline(base, other, tokens, tmp_path, stubbed):
-    stubbed(lambda is_base, i, cell: 2.0 if cell.depth is None else (0 if is_base and i != 3 else i % 2))
-    rows = evaluate(base, [PPL, PASSKEY], [400], out=tmp_path, data=DataSource(str(tokens)), baseline=other)
+def test_everything_is_compared_with_the_baseline(base, other, long_tokens, tmp_path, stubbed):
+    stubbed(lambda is_base, i, cell: math.nan if cell.depth is None else (0 if is_base and i != 3 else i % 2))
+    rows = evaluate(base, [PPL, PASSKEY], [400], out=tmp_path, data=long_tokens, baseline=other)
     table = {(r["model"], r["task"].partition(":")[0], r["length"], r["metric"]): r for r in rows if r["depth"] is None}
-    assert [k for k in table if k[3].startswith("change")] == [(str(base), "passkey", 400, "change_from_baseline")]  # perplexity failed: nothing to compare
+    assert [k for k in table if k[3].startswith("change")] == [(str(base), "passkey", 400, "change_from_baseline")]  # the other failed: nothing to compare
     ours, theirs, change = (table[str(m), "passkey", 400, k] for m, k in ((base, "accuracy"), (other, "accuracy"), (base, "change_from_baseline")))
     assert (ours["value"], theirs["value"], change["value"]) == (0.75, 0.5, 0.25)
     assert (change["ci_low"], change["ci_high"]) == pytest.approx(evaluation.paired_shares([1, 1, 1, 0], [1, 0, 1, 0]))

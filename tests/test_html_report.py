@@ -124,7 +124,7 @@ def test_models_of_all_folders_stand_side_by_side_in_one_table(page):
     for task in ("passkey: accuracy", "perplexity ", "tail_perplexity:spans=4: perplexity"):
         assert table.count(f" {task}") >= 1
     assert re.search(r"passkey: accuracy ours.* theirs.* third.*run 2.* perplexity ours", table.replace("yarn", " yarn"))
-    assert page.texts("th")[:4] == ["model", "2k", "8k", "32k"]
+    assert page.texts("th")[:5] == ["model", "2k", "8k", "32k", "effective length (85 % of 2k)"]
 
 
 def test_a_model_of_the_same_name_in_two_folders_is_two_lines(evaluation, tmp_path):
@@ -158,6 +158,85 @@ def test_the_trained_window_is_marked_only_where_it_is_known(evaluation, tmp_pat
     for folder, marked in ((known, True), (unknown, False)):
         page = page_of(write_report(folder, tmp_path / f"{folder.name}.html"))
         assert bool(page.all("line", "window")) == ("trained window 4k" in page.texts("text")) == marked
+
+
+def charts_of(out):
+    """Titles of the charts, each with the points of its lines in pixels."""
+    found = []
+    for tag, attributes, _ in page_of(out).elements:
+        if tag == "svg" and attributes.get("class") == "chart":
+            found.append((attributes["aria-label"], []))
+        if tag == "svg" and attributes.get("aria-hidden"):
+            found.append(None)  # a sample in a legend
+        if tag == "polyline" and found[-1]:
+            found[-1][1].append([tuple(map(float, point.split(","))) for point in attributes["points"].split()])
+    return dict(filter(None, found))
+
+
+def by_position(metric, task, values, length=1024, model="ours", **more):
+    return [row(metric, v, None, None, depth=d, length=length, model=model, task=task, **more) for d, v in values]
+
+
+@pytest.mark.floor
+def test_what_is_measured_at_places_of_the_text_is_drawn_over_them(evaluation, tmp_path):
+    places = [(1 / 4, 2.0), (1 / 2, 4.0), (1, 8.0)]
+    rows = [each for model in ("ours", "theirs") for n in (512, 1024) for each in by_position("nll", "position_nll", places, n, model)]
+    rows += [each for n in (512, 1024) for each in by_position("state_norm", "state_norm", places, n)]
+    rows += by_position("effective_remembrance", "effective_remembrance", [(1 / 4, 0.25), (1 / 2, 0.75)]) + by_position("state_norm_layer_0", "state_norm", places)
+    rows += [row("perplexity", 9.0, task="position_nll", length=n) for n in (512, 1024)]  # of other texts at each length: no curve
+    out = write_report(evaluation("a", rows, RUN | {"trained_windows": {"ours": 256, "theirs": 256}}), tmp_path / "r.html")
+    charts = charts_of(out)
+    assert [title.partition(",")[0] for title in charts] == [
+        "position_nll: -log p (nats a token) against position (tokens before)",
+        "state_norm: norm of the SSM state",
+        "effective_remembrance: EffRem(t): total variation against tokens left out at the start (t)",
+    ]
+    losses, norms, remembered = charts.values()
+    assert [len(line) for line in losses] == [3, 3, 3, 3]  # two models at two lengths
+    assert len(norms) == 1  # of the longest length, all layers together
+    (x1, y1), (x2, y2), (x3, y3) = norms[0]
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)  # doublings are equally far from each other
+    assert x2 - x1 > 50
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2)
+    assert y1 - y2 > 50
+    (low, high), top, bottom = (y for _, y in remembered[0]), html_report._TOP, html_report._HIGH - html_report._BOTTOM
+    assert (low, high) == pytest.approx((bottom + (top - bottom) / 4, bottom + 3 * (top - bottom) / 4))  # from 0 to 1, not logarithmic
+    page = page_of(out)
+    assert page.texts("text").count("trained window 256") == 3
+    assert page.texts("text").count("512") == 3  # on each axis
+    assert [text for text in page.texts("li") if text.startswith("theirs")] == ["theirs, 512 run 1", "theirs, 1k run 1"]
+    assert "ours, 1k, 512 tokens: 4.00" in page.texts("title")
+
+
+def test_many_intervals_are_a_band_and_few_are_bars(evaluation, tmp_path):
+    for count, bands in ((12, 0), (13, 1)):
+        rows = [row("nll", 3.0, 2.5, 3.5, depth=(k + 1) / count, task="position_nll") for k in range(count)]
+        page = page_of(write_report(evaluation(f"e{count}", rows), tmp_path / f"{count}.html"))
+        assert len(page.all("polygon")) == bands
+        if bands:
+            assert len(page.all("polygon")[0][0]["points"].split()) == 2 * count
+
+
+def test_scores_of_tasks_without_depths_are_drawn_by_length(evaluation, tmp_path):
+    rows = [row(value=v, length=n, task=task) for task in ("vt", "passkey") for n, v in ((2048, 1.0), (8192, 0.5))]
+    rows += [row(depth=0.5, length=2048), row(task="once"), row("acc", task="lm_eval/x", length=None)]
+    charts = charts_of(write_report(evaluation("a", rows), tmp_path / "r.html"))
+    assert list(charts) == ["vt: accuracy against length (tokens), which is logarithmic"]
+    assert [y for _, y in charts.popitem()[1][0]] == [html_report._TOP, (html_report._TOP + html_report._HIGH - html_report._BOTTOM) / 2]
+
+
+def test_effective_lengths_have_a_column_that_says_of_what(evaluation, tmp_path):
+    rows = [row(value=v, length=n, model=m) for m, values in (("ours", (1, 0.9, 0.7)), ("theirs", (1, 0.7, 0.7))) for n, v in zip((2048, 4096, 8192), values, strict=True)]
+    rows += [row("perplexity", 9.0, task="perplexity"), row("acc", task="lm_eval/x", length=None)]
+    folder = evaluation("a", rows)
+    page = page_of(write_report(folder, tmp_path / "r.html"))
+    assert page.texts("th")[:6] == ["model", "no length", "2k", "4k", "8k", "effective length (85 % of 2k)"]
+    lines = [re.findall(r"<td[^>]*>([^<]*)", text) for text in re.findall(r"(?s)<tr>(.*?)</tr>", (tmp_path / "r.html").read_text(encoding="utf-8"))]
+    assert [line[-1].strip() for line in lines if len(line) == 5] == ["4k", "2k", "", ""]
+    assert "at least 85 % of the score at 2k" in page.texts("caption")[0]
+    page = page_of(write_report(folder, tmp_path / "s.html", kept=0.7, reference="4k"))
+    assert page.texts("th")[5] == "effective length (70 % of 4k)"
+    assert "≥ 8k" in page.texts("td")
 
 
 def test_what_failed_is_listed_with_its_error(page):
@@ -261,6 +340,12 @@ def test_numbers_on_colours_have_contrast(share):
     assert contrast(back, text) >= 4.5
 
 
+@pytest.mark.parametrize(("low", "high", "ticks"), [(1, 8, [1, 2, 4, 8]), (3, 9, [4, 8]), (256, 1024, [256, 512, 1024]), (5, 7, [5]), (64, 64, [64])])
+def test_positions_are_marked_at_powers_of_two(low, high, ticks):
+    assert html_report._doublings(low, high) == ticks
+    assert len(html_report._doublings(1, 2**20)) == 11
+
+
 @pytest.mark.parametrize(("low", "high"), [(1, 1), (12.1, 12.9), (9.6, 63), (1, 1e9), (4, 15.9), (1.0, 1.0001), (0.2, 0.7), (3, 12.1), (1, 1e200)])
 def test_ticks_are_a_handful_and_in_order(low, high):
     ticks = html_report._ticks(low, high)
@@ -295,7 +380,11 @@ def report(monkeypatch, capsys, tmp_path):
 
 def test_the_command_does_what_the_function_does(evaluation, report, tmp_path):
     folders = [evaluation("a", rows_of()), evaluation("b", rows_of("third"))]
-    assert report(*folders, "--out", "r.html") == (0, "r.html: 2 evaluations\n", "")
+    status, shown, error = report(*folders, "--out", "r.html")
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[0] == ["model", "task", "metric", "effective", "length", "(85", "%", "of", "2k)"]
+    assert lines[1:] == [[model, "passkey", "accuracy", "2k"] for model in ("ours", "third")] + [["r.html:", "2", "evaluations"]]
+    assert (status, error) == (0, "")
     assert (tmp_path / "r.html").read_bytes() == hf_longctx.write_report(folders, tmp_path / "s.html").read_bytes()
 
 
@@ -311,6 +400,8 @@ def test_the_command_does_what_the_function_does(evaluation, report, tmp_path):
         ("good --out used.html", "used.html already exists; choose another --out or add --overwrite"),
         ("good --out good/results.json --overwrite", "give a .html file for --out"),
         ("good --out good", "give a .html file for --out"),
+        ("good --out new.html --kept 1.5", "the share of the score that is kept must be above 0 and at most 1, got 1.5"),
+        ("good --out new.html --reference zero", "expected a number of tokens such as 2048, 2k or 128k, got 'zero'"),
         ("good", "Missing option '--out'"),
         ("--out new.html", "Missing argument 'DIR...'"),
     ],
@@ -331,6 +422,13 @@ def test_wrong_input_is_one_line_and_status_2(evaluation, report, tmp_path, word
     assert not (tmp_path / "new.html").exists()
 
 
+def test_the_command_takes_share_and_reference(evaluation, report, tmp_path):
+    rows = [row(value=v, length=n) for n, v in ((2048, 1.0), (4096, 0.6), (8192, 0.5))]
+    status, shown, _ = report(evaluation("a", rows), "--out", "r.html", "--kept", "0.8", "--reference", "4k")
+    assert (status, shown.split("\n")[1].split()) == (0, ["ours", "passkey", "accuracy", "≥", "8k"])
+    assert "effective length (80 % of 4k)" in page_of(tmp_path / "r.html").texts("th")
+
+
 def test_overwrite_replaces_the_file(evaluation, report, tmp_path):
     (tmp_path / "used.html").write_text("old")
     assert report(evaluation("a", rows_of()), "--out", "used.html", "--overwrite")[0] == 0
@@ -343,9 +441,9 @@ def test_no_folder_is_refused(tmp_path):
 
 
 def test_a_real_evaluation(base, tmp_path):
-    rows = hf_longctx.evaluate(base, [{"name": "passkey", "n": 1, "depths": 2}, "perplexity"], [48, 64], out=tmp_path / "a")
+    hf_longctx.evaluate(base, [{"name": "passkey", "n": 1, "depths": 2}, {"name": "perplexity", "documents": 1}], [320, 400], out=tmp_path / "a")
     page = page_of(write_report(tmp_path / "a", tmp_path / "r.html"))
-    assert "failed" in {row["metric"] for row in rows} or len(page.all("td", "cell")) == 4
+    assert len(page.all("td", "cell")) == 4
     assert "Python" in page.texts("section")[0]
 
 

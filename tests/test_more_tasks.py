@@ -21,6 +21,10 @@ from tests.test_ruler import law_of_exact_length, tokenizer_of
 from tests.test_tasks import numbered, same
 
 BYTES = byte_tokenizer()
+KAMRADT = (
+    "\n\nWhat is the best thing to do in San Francisco? Don't give information outside the document or repeat your findings"
+    "\n\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day"
+)
 SENTENCES = "".join(f"Nothing of note befell the {word} in that year. " for word in np.random.default_rng(0).choice(NOUNS, 400))
 
 
@@ -157,10 +161,10 @@ def test_the_needle_stands_behind_a_full_stop_where_its_depth_says(tokenizer):
     for cell in cells_of(tokenizer, "needle", 1500, n=3, depths=5):
         text = whole(tokenizer, cell)
         assert text.startswith(needle.HEAD)
-        assert text.endswith(needle.QUESTION + needle.ANSWER)
+        assert text.endswith(KAMRADT)
         assert tokenizer.decode(cell.targets).endswith(needle.ANSWER.strip())  # a token may span the seam
         assert text.count(needle.ANSWER) == 2
-        hay = text.removeprefix(needle.HEAD).removesuffix(needle.QUESTION + needle.ANSWER)
+        hay = text.removeprefix(needle.HEAD).removesuffix(KAMRADT)
         before, after = hay.split(needle.NEEDLE)
         assert before + after in SENTENCES
         if cell.depth in (0, 1):
@@ -173,7 +177,7 @@ def test_the_needle_stands_behind_a_full_stop_where_its_depth_says(tokenizer):
 def test_without_a_full_stop_the_depth_decides():
     text = encode(BYTES, SENTENCES.replace(".", ","))
     cells = load_task({"name": "needle", "n": 1, "depths": 3}).cells(BYTES, [text], 1000, 0)
-    before, after = whole(BYTES, cells[1]).removeprefix(needle.HEAD).removesuffix(needle.QUESTION + needle.ANSWER).split(needle.NEEDLE)
+    before, after = whole(BYTES, cells[1]).removeprefix(needle.HEAD).removesuffix(KAMRADT).split(needle.NEEDLE)
     assert abs(len(before) - len(after)) <= 1
 
 

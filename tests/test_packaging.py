@@ -118,7 +118,7 @@ def test_every_import_is_a_declared_dependency():
                 imported |= {module.partition(".")[0] for module in names if module}
     extras = PROJECT["project"]["optional-dependencies"]
     through = [each for each in requires("transformers") if "extra ==" not in each]
-    declared = [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["kernels"], *through]
+    declared = [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["kernels"], *extras["lm-eval"], *through]
     modules = {re.match(r"[\w-]+", each)[0].replace("-", "_").lower() for each in declared} | {"ruamel"}
     assert imported - set(sys.stdlib_module_names) - {"hf_longctx"} <= modules
 

@@ -1,5 +1,6 @@
 """RULER's retrieval tasks and key-value retrieval without a model: exact lengths, one right answer, found by reading the prompt."""
 
+import collections
 import functools
 import hashlib
 import json
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hf_longctx.evals import _haystack, vt
+from hf_longctx.evals import _haystack, cwe, fwe, vt
 from hf_longctx.recipe import json_schema
+from hf_longctx.stats import bootstrap_means, wilson
 from hf_longctx.task import Cell, Scored, encode, load_task, opening, task_names
 from tests.conftest import byte_tokenizer
 from tests.test_tasks import bos_tokenizer, merging_tokenizer, prose
@@ -44,7 +46,7 @@ def documents(tokenizer) -> list[np.ndarray]:
 
 
 def cells_of(tokenizer, name, length=2000, seed=0, **options) -> list[Cell]:
-    small = {"n": 6} if name == "vt" else {"n": 2, "depths": 3}
+    small = {"n": 6, "scoring": "forced"} if name == "vt" else {"n": 2, "depths": 3}
     return load_task({"name": name} | small | options).cells(tokenizer, documents(tokenizer), length, seed)
 
 
@@ -257,7 +259,7 @@ def test_a_number_of_pairs_can_be_asked_for():
 ])  # fmt: skip
 def test_nothing_may_prolong_an_answer(name, after, right):
     tokenizer = tokenizer_of("bytes")
-    task, cells = load_task(name), cells_of(tokenizer, name)
+    task, cells = load_task({"name": name, "scoring": "forced"} if name == "vt" else name), cells_of(tokenizer, name)
     said = [np.append(cell.ids[cell.start :], encode(tokenizer, after)) for cell in cells]
     outputs = [Scored(np.zeros(len(best)), best) for best in said]
     assert task.score(cells, outputs, tokenizer)[0].value == right
@@ -271,3 +273,310 @@ def test_tasks_are_offered_by_the_command_line_and_the_recipe():
     assert set(EVERY) <= set(_task_names())
     assert not any(name.startswith("_") for name in task_names())
     assert all(name in json.dumps(json_schema()) for name in EVERY)
+
+
+# --- what the model writes by itself
+
+FREE = ["niah_multivalue", "niah_multiquery", "cwe", "fwe", "vt", *NIAH]
+WRITTEN = dict.fromkeys(["niah_multivalue", "niah_multiquery", *NIAH], 128) | {"cwe": 120, "fwe": 50, "vt": 30}  # RULER's tokens_to_generate
+LEAST = {"cwe": 3200}  # bytes
+
+
+def free_cells(tokenizer, name, length=None, seed=0, **options) -> list[Cell]:
+    small = {"n": 2, "depths": 3, "scoring": "generated"} if name in NIAH else {"n": 4}
+    return load_task({"name": name} | small | options).cells(tokenizer, free_documents(tokenizer), length or LEAST.get(name, 2200), seed)
+
+
+@functools.cache
+def free_documents(tokenizer) -> list[np.ndarray]:
+    """Sentences of words of four letters and more, none of which is a key."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list(LETTERS), rng.integers(4, 8))) for _ in range(1500)]
+    return [encode(tokenizer, " ".join(word + ("." if i % 9 == 8 else "") for i, word in enumerate(rng.choice(words, 6000))))]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_prompt_and_what_may_be_written_have_the_exact_length(name, tokenizer):
+    least = LEAST.get(name, 2200)
+    for length in (least, least + 1, 7000):
+        cells = free_cells(tokenizer, name, length)
+        assert len(cells) == (6 if name in NIAH else 4)
+        for cell in cells:
+            assert (len(cell.ids), cell.start, cell.stop, cell.size) == (length - WRITTEN[name], length - WRITTEN[name], length, length)
+            assert cell.free
+            assert cell.ids.dtype == np.int64
+            for bos in opening(tokenizer):
+                assert np.flatnonzero(cell.ids == bos).tolist() == [0]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_reader_of_the_prompt_finds_the_answers(name, tokenizer):
+    for cell in free_cells(tokenizer, name):
+        text = whole(tokenizer, cell)
+        assert sorted(READERS_OF_SEVERAL.get(name, read_several)(text)) == sorted(cell.answers)
+        assert not any(text.rstrip().endswith(answer) for answer in cell.answers)
+
+
+def read_several(text: str) -> list[str]:
+    """All values of all keys that the question names."""
+    (asked,) = re.findall(r"special magic \w+ for ([^?]+?) mentioned in the provided text (?:is|are)$", text)
+    return [v for key in re.split(", and |, ", asked) for v in re.findall(rf"One of the special magic \w+ for {key} is: ([\w-]+)\.", text)]
+
+
+def read_common(text: str) -> list[str]:
+    counts = numbered_words(text.split(cwe.HEAD)[2].split("\nQuestion")[0])
+    return [word for word, count in counts.items() if count == max(counts.values())]
+
+
+def numbered_words(text: str) -> dict[str, int]:
+    found = re.findall(r"(\d+)\. (\w+)", text)
+    assert [int(number) for number, _ in found] == list(range(1, len(found) + 1))
+    return collections.Counter(word for _, word in found)
+
+
+def read_frequent(text: str) -> list[str]:
+    counts = collections.Counter(re.findall(r"\b[a-z]{6}\b", text.removeprefix(fwe.HEAD).split("\nQuestion")[0]))
+    assert counts.most_common(4)[-1][1] < counts.most_common(3)[-1][1]
+    return [word for word, _ in counts.most_common(3)]
+
+
+READERS_OF_SEVERAL = {"cwe": read_common, "fwe": read_frequent, "vt": lambda text: read_chain(text).split()}
+
+
+@pytest.mark.parametrize("name", ["niah_multivalue", "niah_multiquery"])
+def test_four_needles_stand_behind_full_stops_in_places_of_their_own(name, tokenizer):
+    places = []
+    for cell in free_cells(tokenizer, name, 4200, n=8):
+        text = whole(tokenizer, cell)
+        hay = text[text.index("\n") : text.index("\nWhat are all")]
+        needles = list(re.finditer(r"One of the special magic numbers for (\w+-\w+) is: (\d{7})\.", hay))
+        assert len({needle[2] for needle in needles}) == 4
+        assert len({needle[1] for needle in needles}) == (1 if name == "niah_multivalue" else 4)
+        if tokenizer is not tokenizer_of("merging"):  # whose stops are parts of other tokens
+            assert all(hay[: needle.start()].rstrip().endswith(".") or needle.start() < 99 for needle in needles)
+        places += [needle.start() / len(hay) for needle in needles]
+        assert cell.depth is None
+    assert min(places) < 0.2 < 0.8 < max(places)
+    assert len({round(place, 4) for place in places}) > 28
+
+
+@pytest.mark.parametrize(("length", "repeats", "example", "of"), [(3200, (6, 1), (3, 1), 20), (9000, (30, 3), (10, 3), 40)])
+def test_common_words_are_as_many_as_in_ruler(length, repeats, example, of):
+    tokenizer = tokenizer_of("bytes")
+    seen = set()
+    for cell in free_cells(tokenizer, "cwe", length):
+        first, second = whole(tokenizer, cell).split(cwe.HEAD)[1:]
+        shown, answer = first.split("\nQuestion")
+        for counts, (often, rarely) in ((numbered_words(shown), example), (numbered_words(second.split("\nQuestion")[0]), repeats)):
+            assert sorted(counts.values(), reverse=True) == [often] * 10 + [rarely] * (len(counts) - 10)
+        assert len(numbered_words(shown)) == of
+        assert set(numbered_words(answer.split("list are: ")[1])) == {word for word, count in numbered_words(shown).items() if count == example[0]}
+        assert second.count("\n\n") < 16 * repeats[1]  # no room for one word more
+        seen |= set(cell.answers)
+    assert len(seen) > 30
+
+
+def test_frequencies_are_those_of_rulers_zeta_distribution():
+    tokenizer = tokenizer_of("bytes")
+    (cell,) = free_cells(tokenizer, "fwe", 30000, n=1)
+    words = whole(tokenizer, cell).removeprefix(fwe.HEAD).split("\nQuestion")[0].split()
+    counts = [count for _, count in collections.Counter(words).most_common()]
+    assert collections.Counter(words).most_common(1)[0][0] == "..."
+    n = next(n for n in range(len(words), 2 * len(words)) if int(n / 4 / fwe.ZETA) == counts[1] and int(n / fwe.ZETA) == counts[0])
+    assert counts == [int(n / k**2 / fwe.ZETA) for k in range(1, len(counts) + 1)]
+    assert pytest.approx(sum(k**-2 for k in range(1, 10**5)), abs=1e-4) == fwe.ZETA
+    assert words[:9] != sorted(words)[:9]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_length_too_short_for_what_may_be_written_is_one_line(name):
+    tokenizer = tokenizer_of("bytes")
+    with pytest.raises(ValueError, match=rf"^a length of 30 tokens is too short: the answer alone may have {WRITTEN[name]}$"):
+        free_cells(tokenizer, name, 30)
+    with pytest.raises(ValueError, match=r"^a prompt of [0-9]+ tokens is too short: the task itself takes [0-9]+$") as caught:
+        free_cells(tokenizer, name, 160)
+    least = int(str(caught.value).split()[-1]) + WRITTEN[name]
+    with pytest.raises(ValueError, match="too short"):
+        free_cells(tokenizer, name, least - 60)
+    assert {cell.size for cell in free_cells(tokenizer, name, least + 60)} == {least + 60}  # words differ in length
+
+
+def test_too_few_words_are_told():
+    tokenizer = tokenizer_of("bytes")
+    with pytest.raises(ValueError, match=r"^the text has 2 different words, too few for cwe; give --data with more text$"):
+        load_task("cwe").cells(tokenizer, [encode(tokenizer, "some Words, Any! some 123 abc more")], 3200, 0)
+    few = encode(tokenizer, " ".join(f"{a}{b}word" for a in "abcdefg" for b in "xyz"))
+    with pytest.raises(ValueError, match=r"^the text has 21 different words, too few for a list of [0-9]+ tokens; give --data with more text$"):
+        load_task("cwe").cells(tokenizer, [few], 3200, 0)
+
+
+def written(tokenizer, text) -> Scored:
+    ids = encode(tokenizer, text)
+    return Scored(np.zeros(len(ids)), ids)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_score_is_the_share_of_the_answers_that_are_found(name):
+    tokenizer = tokenizer_of("bytes")
+    task = load_task({"name": name} | ({"scoring": "generated"} if name in NIAH else {}))
+    cells = free_cells(tokenizer, name)[:4]
+    some = [len(cell.answers) // 2 for cell in cells]
+    texts = [", ".join(reversed(cells[0].answers)).upper(), " and ".join(cells[1].answers[: some[1]]), "", f"It is x{cells[3].answers[0]}9."]
+    overall, *_ = task.score(cells, [written(tokenizer, text) for text in texts], tokenizer)
+    shares = [1.0, some[1] / len(cells[1].answers), 0.0, 1 / len(cells[3].answers)]
+    assert (overall.metric, overall.n, overall.value) == ("accuracy", 4, pytest.approx(np.mean(shares)))
+    assert overall.values == pytest.approx(shares)
+    if len(cells[0].answers) == 1:
+        assert (overall.ci_low, overall.ci_high) == wilson(2, 4)
+    else:
+        low, high = bootstrap_means(np.array(shares)[:, None], range(4))
+        assert (overall.ci_low, overall.ci_high) == pytest.approx((low[0], high[0]))
+
+
+# --- qa_1 and qa_2
+
+
+def squad(folder, articles=3, paragraphs=4) -> str:
+    def paragraph(a, p):
+        text = f"Paragraph {p} of article {a}. " + "".join(f"Fact {a}{p}{i} holds. " for i in range(12))
+        asked = [
+            {"question": f"What holds in {p} of {a}?", "is_impossible": False, "answers": [{"text": f"Fact {a}{p}3"}, {"text": "that"}]},
+            {"question": "What does not?", "is_impossible": True, "answers": []},
+        ]
+        return {"context": text, "qas": asked}
+
+    data = [{"title": str(a), "paragraphs": [paragraph(a, p) for p in range(paragraphs)]} for a in range(articles)]
+    (folder / "squad.json").write_text(json.dumps({"version": "v2.0", "data": data}))
+    return str(folder / "squad.json")
+
+
+def hotpot(folder, questions=4) -> str:
+    data = [
+        {"question": f"Who is {i}?", "answer": f"Person {i}", "context": [[f"T{i}-{j}", [f"Sentence {i}{j}. ", "Another one. "]] for j in range(10)]}
+        for i in range(questions)
+    ]
+    (folder / "hotpot.json").write_text(json.dumps(data))
+    return str(folder / "hotpot.json")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bos", "merging"])
+@pytest.mark.parametrize("length", [1600, 1601, 2200])
+def test_a_paragraph_stands_among_those_of_its_article_first(kind, length, tmp_path):
+    tokenizer, path = tokenizer_of(kind), squad(tmp_path)
+    cells = load_task({"name": "qa_1", "path": path}).cells(tokenizer, [], length, 0)
+    assert len(cells) == 12  # those that can be answered
+    places = set()
+    for cell in cells:
+        assert (len(cell.ids), cell.stop) == (length - 32, length)
+        text = whole(tokenizer, cell)
+        article, paragraph = re.fullmatch(r"Fact (\d)(\d)3", cell.answers[0]).groups()
+        assert text.endswith(f"\n\nQuestion: What holds in {paragraph} of {article}? Answer:")
+        documents = re.findall(r"Document (\d+):\n(.*?)\s*(?=\n\nDocument|\n\nAnswer the question)", text, re.S)
+        assert [int(number) for number, _ in documents] == list(range(1, len(documents) + 1))
+        found = [re.match(r"Paragraph (\d) of article (\d)\.", document) for _, document in documents]
+        own = [(match[2], match[1]) == (article, paragraph) for match in found if match]
+        assert own.count(True) == 1
+        assert documents[own.index(True)][1].endswith(f"Fact {article}{paragraph}11 holds.")  # whole
+        others = [match[2] for match in found if match and match[2] != article]
+        assert not others or len([match for match in found if match and match[2] == article]) == 4
+        places.add(own.index(True))
+    assert len(places) > 1
+
+
+def test_the_paragraphs_of_a_question_are_all_there(tmp_path):
+    tokenizer = tokenizer_of("bytes")
+    cells = load_task({"name": "qa_2", "path": hotpot(tmp_path), "n": 3}).cells(tokenizer, [], 1500, 0)
+    assert len(cells) == 3
+    for cell in cells:
+        text, number = whole(tokenizer, cell), cell.answers[0].split()[1]
+        assert len(cell.ids) == 1500 - 32
+        assert all(f"T{number}-{j}\nSentence {number}{j}. Another one." in text for j in range(10))
+        assert text.count("Document ") > 10
+
+
+def test_any_answer_of_a_question_is_right(tmp_path):
+    tokenizer, task = tokenizer_of("bytes"), load_task({"name": "qa_1", "path": squad(tmp_path), "n": 4})
+    cells = task.cells(tokenizer, [], 1600, 0)
+    texts = [cells[0].answers[0].lower(), "It is THAT.", "", "Fact"]
+    overall, *_ = task.score(cells, [written(tokenizer, text) for text in texts], tokenizer)
+    assert (overall.values, overall.n) == ((1.0, 1.0, 0.0, 0.0), 4)
+    assert (overall.ci_low, overall.ci_high) == wilson(2, 4)
+
+
+@pytest.mark.parametrize("name", ["qa_1", "qa_2"])
+def test_a_file_that_cannot_serve_is_one_line_before_anything_else(name, tmp_path):
+    (tmp_path / "text.json").write_text("no json")
+    (tmp_path / "empty.json").write_text('{"data": []}' if name == "qa_1" else "[]")
+    wrong = (hotpot if name == "qa_1" else squad)(tmp_path)
+    file = {"qa_1": "SQuAD's dev-v2.0.json", "qa_2": "HotpotQA's hotpot_dev_distractor_v1.json"}[name]
+    for path, message in (
+        (None, f"{name} needs {file}, which does not come with hf-longctx: give its place as {name}:path=FILE"),
+        (tmp_path / "nowhere.json", f"{tmp_path}/nowhere.json cannot be read: No such file or directory"),
+        (tmp_path / "text.json", f"{tmp_path}/text.json is no JSON file; {file} is"),
+        (tmp_path / "empty.json", f"{tmp_path}/empty.json has no question that can be answered"),
+        (wrong, f"{wrong} is not laid out as {file}"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            load_task({"name": name} | ({} if path is None else {"path": str(path)})).for_lengths([4096])
+        assert str(caught.value) == message
+
+
+def test_documents_must_fit_and_be_enough(tmp_path):
+    tokenizer, task = tokenizer_of("bytes"), load_task({"name": "qa_1", "path": squad(tmp_path)})
+    with pytest.raises(ValueError, match=r"^a prompt of 418 tokens is too short: the documents of the question 'What holds in \d of \d\?' do not fit$"):
+        task.cells(tokenizer, [], 450, 0)
+    with pytest.raises(ValueError, match=r"^a prompt of 7968 tokens takes more documents than the 12 that there are$"):
+        task.cells(tokenizer, [], 8000, 0)
+
+
+# --- within a chat template
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ASKED = {  # what the prompt goes on with in the assistant's name
+    "passkey": " The pass key is", "needle": "\n\nThe best thing to do in San Francisco is", "kv_retrieval": ' "', "longchat_lines": " The <REGISTER_CONTENT> in line",
+    "cwe": " Answer: The top 10 words", "fwe": " Answer: According to the coded text", "vt": " Answer: According to the chain", "qa_1": " Answer:", "qa_2": " Answer:",
+}  # fmt: skip
+
+
+@functools.cache
+def chat_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize(("name", "kind"), [*[(name, "bytes") for name in {**ASKED, **WRITTEN}], *[(name, "smollm2") for name in ("passkey", "cwe", "niah_multiquery")]])
+def test_the_question_is_a_users_turn_and_the_answer_begins_the_assistants(name, kind, request, tmp_path):
+    tokenizer = chat_tokenizer() if kind == "bytes" else tokenizer_of("smollm2", request.getfixturevalue("smollm2"))
+    options = {"qa_1": {"path": squad(tmp_path)}, "qa_2": {"path": hotpot(tmp_path)}}.get(name, {})
+    made = load_task({"name": name, "n": 2, "chat": True} | options)
+    text_of, length = free_documents(tokenizer), LEAST.get(name, 1500 if kind == "smollm2" else 2300)
+    length = {"bytes": 1600, "smollm2": 500}[kind] if options else length
+    plain = load_task({"name": name, "n": 2} | options).cells(tokenizer, text_of, length, 0)[0]
+    for cell in made.cells(tokenizer, text_of, length, 0)[:2]:
+        assert (len(cell.ids), cell.free) == (len(plain.ids), plain.free)
+        text = tokenizer.decode(cell.ids)
+        begin = ASKED.get(name, " The special magic")
+        user, answer = re.split(r"<\|assistant\|>\n" if kind == "bytes" else r"<\|im_start\|>assistant\n", text)
+        head = tokenizer.apply_chat_template([{"role": "user", "content": "#"}], tokenize=False).split("#")[0]
+        content = user.removeprefix(head).removesuffix("</s>\n" if kind == "bytes" else "<|im_end|>\n")
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        assert text == turn + answer
+        assert answer.startswith(begin)
+        if kind == "bytes":
+            assert np.flatnonzero(cell.ids == 1).tolist() == [0]
+            assert (cell.ids == 2).sum() == 1  # tokens, not their names
+        else:
+            assert (cell.ids == tokenizer.convert_tokens_to_ids("<|im_start|>")).sum() == (3 if "system" in head else 2)
+
+
+def test_without_a_template_there_is_no_chat():
+    with pytest.raises(ValueError, match=r"^the tokenizer has no chat template to ask within; leave out chat, or take a chat model's$"):
+        load_task({"name": "passkey", "chat": True}).cells(tokenizer_of("bytes"), [], 600, 0)
+    refusing = byte_tokenizer()
+    refusing.chat_template = "{{ raise_exception('no questions, please') }}"
+    with pytest.raises(ValueError, match=r"^the chat template refuses a question: no questions, please$"):
+        load_task({"name": "passkey", "chat": True}).cells(refusing, [], 600, 0)

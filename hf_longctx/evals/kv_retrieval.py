@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import PositiveInt
 
 from hf_longctx.evals._haystack import draw_uuid, encode_lines, is_hex, shuffled
-from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, opening, question_and_answer
+from hf_longctx.task import TURN, Cell, Result, Scored, Task, accuracy, encode, exact_match, for_prompts, opening, question_and_answer
 
 HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{"
 PAIR = ' "{key}": "{value}"'
-QUESTION = '}}\n\nKey: "{key}"\nCorresponding value: "'
+QUESTION = f'}}}}\n\nKey: "{{key}}"\nCorresponding value:{TURN} "'
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class KvRetrieval(Task):
     n: PositiveInt = 20  # trials a depth
     depths: PositiveInt = 10  # evenly spaced from 0 to 1
     pairs: PositiveInt | None = None  # by default as many as fit
+    chat: bool = False  # ask within the tokenizer's chat template
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
-        rng = np.random.default_rng([seed, length])
+        rng, tokenizer = np.random.default_rng([seed, length]), for_prompts(tokenizer, self.chat)
         lines = encode_lines(tokenizer, lambda: PAIR.format(key=draw_uuid(rng), value=draw_uuid(rng)), 2 * length)
         found = []
         for depth in np.linspace(0, 1, self.depths):

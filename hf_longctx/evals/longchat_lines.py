@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from hf_longctx.evals._haystack import ADJECTIVES, NOUNS, draw_pair_of_words, encode_lines, hide_between, shuffled
-from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, question_and_answer
+from hf_longctx.task import TURN, Cell, Result, Scored, Task, accuracy, encode, exact_match, for_prompts, question_and_answer
 
 HEAD = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a '<REGISTER_CONTENT>' at the end "
@@ -17,8 +17,8 @@ HEAD = (
 )
 LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
 QUESTION = (
-    "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
-    "The <REGISTER_CONTENT> in line {key} is <"
+    "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number."
+    f"{TURN} The <REGISTER_CONTENT> in line {{key}} is <"
 )
 PAIRS = len(ADJECTIVES) * len(NOUNS)
 
@@ -37,9 +37,10 @@ class LongchatLines(Task):
     needs_text = False
     n: PositiveInt = 20  # trials a depth
     depths: NonNegativeInt = 10  # evenly spaced from 0 to 1; with 0, `n` trials anywhere
+    chat: bool = False  # ask within the tokenizer's chat template
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
-        rng = np.random.default_rng([seed, length])
+        rng, tokenizer = np.random.default_rng([seed, length]), for_prompts(tokenizer, self.chat)
         record = _Record(rng, 3 if 2 * length > PAIRS * len(encode(tokenizer, LINE.format(key="golden-falcon", value=12345))) else 2)
         lines = encode_lines(tokenizer, record.line, length + length // 8 + 512)  # those like the one asked for are left out
         found = []

@@ -1,20 +1,19 @@
 """Kamradt's needle in a haystack (2023): one sentence about San Francisco in running prose, at every depth and length."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import PositiveInt
 
-from hf_longctx.evals._haystack import NiahInProse
-from hf_longctx.task import Cell, Result, Scored, accuracy, encode, exact_match, hide_several, opening, question_and_answer
+from hf_longctx.evals._haystack import NiahInProse, behind_a_stop, stretch
+from hf_longctx.task import TURN, encode, hide_several, opening
 
 HEAD = "You are a helpful AI bot that answers questions for a user. Keep your response short and direct\n\n"
 CUE = "The best thing to do in San Francisco is"
 ANSWER = " eat a sandwich and sit in Dolores Park on a sunny day"
 NEEDLE = f"\n{CUE}{ANSWER}.\n"
-QUESTION = f"\n\nWhat is the best thing to do in San Francisco? Don't give information outside the document or repeat your findings\n\n{CUE}"
+QUESTION = f"\n\nWhat is the best thing to do in San Francisco? Don't give information outside the document or repeat your findings{TURN}\n\n{CUE}"
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,13 @@ class Needle(NiahInProse):
     source = "https://github.com/gkamradt/LLMTest_NeedleInAHaystack"
     n: PositiveInt = 5  # trials a depth
 
-    def prompt(self, tokenizer: Any, hay: list[np.ndarray], length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        text = hay[rng.integers(len(hay))]
-        start = int(rng.integers(len(text) - length + 1))
-        filler = text[start : start + length].astype(np.int64)
-        tail, size = question_and_answer(tokenizer, QUESTION, ANSWER)
+    def prompt(self, tokenizer: Any, hay: list[np.ndarray], length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, int, str]:
+        filler = stretch(rng, hay, length)
+        tail, size = self.tail(tokenizer, QUESTION, ANSWER)
         head, needle = encode(tokenizer, HEAD), encode(tokenizer, NEEDLE)
         room = length - sum(map(len, (opening(tokenizer), head, tail, needle)))
-        if room > 0 and depth < 1:
-            stops = np.flatnonzero(np.isin(filler[: round(depth * room)], encode(tokenizer, ".")))
-            depth = (stops[-1] + 1) / room if len(stops) else depth
-        return hide_several(tokenizer, (head, tail), [(depth, needle)], filler, length), size
+        needles = [(behind_a_stop(tokenizer, filler, room, depth), needle)]
+        return hide_several(tokenizer, (head, tail), needles, filler, length), size, ANSWER.strip()
 
-    def score(self, cells: Sequence[Cell], outputs: Sequence[Scored], tokenizer: Any) -> list[Result]:
-        return accuracy(cells, [exact_match(c, o, tokenizer, str.isalpha) for c, o in zip(cells, outputs, strict=True)])
+    def prolongs(self, text: str) -> bool:
+        return text.isalpha()

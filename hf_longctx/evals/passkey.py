@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from hf_longctx.evals._haystack import hide_between
-from hf_longctx.task import Cell, Result, Scored, Task, accuracy, encode, exact_match, question_and_answer
+from hf_longctx.task import TURN, Cell, Result, Scored, Task, accuracy, encode, exact_match, for_prompts, question_and_answer
 
 HEAD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -16,7 +16,7 @@ HEAD = (
 )
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
+QUESTION = f"\nWhat is the pass key?{TURN} The pass key is"
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Passkey(Task):
     needs_text = False
     n: PositiveInt = 20  # keys a depth
     depths: PositiveInt = 10  # evenly spaced from 0 to 1
+    chat: bool = False  # ask within the tokenizer's chat template
 
     def cells(self, tokenizer: Any, documents: Sequence[np.ndarray], length: int, seed: int) -> list[Cell]:
-        rng = np.random.default_rng([seed, length])
+        rng, tokenizer = np.random.default_rng([seed, length]), for_prompts(tokenizer, self.chat)
         paragraph = encode(tokenizer, GARBAGE)
         filler = [paragraph] * (length // len(paragraph) + 1)
         found = []
