@@ -352,7 +352,7 @@ def test_a_finished_run_is_only_read(base, long_tokens, tmp_path, calls, monkeyp
 
 
 def test_a_group_with_two_overall_rows_cut_between_them_is_done_again(base, long_tokens, tmp_path, calls):
-    task = {"name": "longppl", "context": 32, "stride": 16, "documents": 1, "alpha": -100, "beta": -100}
+    task = {"name": "longppl", "context": 32, "stride": 16, "documents": 1, "alpha": 0, "beta": -100}
     arguments = {"out": tmp_path, "data": long_tokens}
     rows = evaluate(base, task, 64, **arguments)
     path = tmp_path / "results.jsonl"
