@@ -29,7 +29,8 @@ class Fwe(Task):
     share of the words of rank 2, 3 and 4 does the model list?
 
     As in RULER: prompt, one word for every 50 tokens to draw from, N as large as fits, words in a random order, 50 tokens to
-    answer in; the share of the three that stand anywhere in them. Unlike it: blank lines make the length exact."""
+    answer in; the share of the three that stand anywhere in them. Unlike it: blank lines make the length exact, and each trial has
+    an order of its own, where RULER shuffles the ranks of all trials alike."""
 
     source = "arXiv:2404.06654"
     needs_text = False
