@@ -185,11 +185,11 @@ def without_pictures(monkeypatch):
 def test_free_cells_are_evaluated_and_resumed(base, tmp_path, monkeypatch):
     calls, seen = [], []
 
-    def counting(model, cells, *rest):
+    def counting(model, cells, *rest, **options):
         calls.append(cells[0].size)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decode_cells(model, cells, *rest)
+        return decode_cells(model, cells, *rest, **options)
 
     monkeypatch.setattr(evaluation, "decode_cells", counting)
     arguments = {"out": tmp_path, "progress": lambda *now: seen.append(now[1:])}
@@ -207,7 +207,7 @@ def test_free_cells_are_evaluated_and_resumed(base, tmp_path, monkeypatch):
 def saying(texts):
     """In place of a model: what it writes, cell by cell."""
 
-    def decode(model, cells, batch_size=None, on_tokens=None, chunk=None):
+    def decode(model, cells, *_, **__):
         written = [np.array(BYTES(texts(model, cell))["input_ids"]) for cell in cells]
         return [decoding.Scored(np.zeros(len(ids)), ids) for ids in written]
 
@@ -232,7 +232,7 @@ def test_out_of_memory_is_tried_again_with_less_at_a_time(base, tmp_path, monkey
     monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 6400)
     tried = []
 
-    def tight(model, cells, batch_size=None, on_tokens=None, chunk=None):
+    def tight(model, cells, batch_size=None, on_tokens=None, chunk=None, cache="dynamic"):
         tried.append((batch_size, chunk))
         if len(tried) < 3:
             raise torch.OutOfMemoryError("no memory")

@@ -325,7 +325,7 @@ def test_the_command_line_on_a_mamba(mamba, tmp_path, monkeypatch, capsys):
     command = f"longctx eval {mamba} --lengths 450 --task passkey:n=1,depths=1 --task tail_perplexity:spans=2 --data {long_tokens(tmp_path)} --chunk 128 --device cpu --out out"
     monkeypatch.setattr("sys.argv", command.split())
     chunks, real = [], evaluation.score_cells
-    monkeypatch.setattr(evaluation, "score_cells", lambda *given: chunks.append(given[-1]) or real(*given))
+    monkeypatch.setattr(evaluation, "score_cells", lambda *given, **named: chunks.append(given[-1]) or real(*given, **named))
     for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", "PYTHONWARNINGS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
     with pytest.raises(SystemExit) as done:
