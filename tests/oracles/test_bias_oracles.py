@@ -442,7 +442,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize(("name", "heads", "fields"), FORMULAS)
 def test_formula_is_pointwise(name, heads, fields):
-    """As a score_mod, called with one head and one pair at a time, it gives what the table gives; and it traces into one graph."""
+    """As a score_mod, called with one head and one pair at a time, it gives what the table gives."""
     module = perturbed(name, heads, fields)
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(1, heads, 40, 16, generator=generator) for _ in range(3))
@@ -454,9 +454,6 @@ def test_formula_is_pointwise(name, heads, fields):
         wanted = ((q @ k.transpose(-1, -2)) / 4 + table).softmax(-1) @ v
         found = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + module(h, i, j))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-    traced = torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(traced(torch.arange(heads)[:, None, None], index[None, :, None], index[None, None]), table, rtol=1e-6, atol=1e-6)
 
 
 def test_int32_positions_do_not_overflow():
