@@ -1,6 +1,7 @@
 """Shared fixtures: tiny real models and a tiny tokenizer, built here, and ../shared where it is."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -21,6 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Otherwise each collection looks at all of it again: half a second, several times an evaluation."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WINDOW = 64
