@@ -65,6 +65,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where an adapter's base model is, if it has moved; default: what the adapter remembers.")]
 
 
+_GOES_ON = "interrupted; the same command goes on"
+
+
 def main() -> None:
     """Run the command line and exit: 0 done, 1 a run failed, 2 wrong input, 130 interrupted and resumable."""
     _quiet()
@@ -457,14 +460,17 @@ def evaluate(
     """Measure MODEL by tasks at lengths; a stopped run goes on where it stopped. Results tell time in seconds and memory in GiB."""
     _quiet_transformers()
     if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
-        _launch(num_gpus, "interrupted; the same command goes on")
+        _launch(num_gpus, _GOES_ON)
         return
     tasks = _specs(task) or [{"name": "passkey"}, {"name": "perplexity"}]
-    failed = _run_evaluation(
-        model, tasks, [part.strip() for part in lengths.split(",")], out_folder, data=data, methods=_specs(method),
-        baseline=baseline, revision=revision, base=base, device=device, dtype=dtype, seed=seed, batch_size=batch_size, chunk=chunk, cache=cache,
-        together=int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    )  # fmt: skip
+    lengths_asked = [part.strip() for part in lengths.split(",")]
+    try:
+        failed = _run_evaluation(
+            model, tasks, lengths_asked, out_folder, data=data, methods=_specs(method), baseline=baseline, revision=revision, base=base, device=device,
+            dtype=dtype, seed=seed, batch_size=batch_size, chunk=chunk, cache=cache, together=int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _fail(_GOES_ON, 130)
     if failed:
         raise typer.Exit(1)
 

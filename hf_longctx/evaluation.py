@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from hf_longctx import checkpoint, files
 from hf_longctx.data import check_source, load_documents
 from hf_longctx.decoding import decode_cells
+from hf_longctx.integration.cache import check_kind
 from hf_longctx.lora import base_model
 from hf_longctx.method import Method, load_methods
 from hf_longctx.processes import Processes
@@ -130,6 +131,7 @@ def evaluate(
             model cannot be read with.
     """
     sizes = sorted({parse_size(length) for length in _several(lengths)})
+    check_kind(cache)
     passes = Passes(batch_size, None if chunk is None else parse_size(chunk), cache)
     asked = [load_task(task) for task in _several(tasks)]
     if not asked or not sizes:

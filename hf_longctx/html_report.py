@@ -333,7 +333,8 @@ def _curves(runs: Sequence[Run], rows: Sequence[Row]) -> list[Element]:
         for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in mine):
             found = [row for row in mine if (row["task"], row["metric"]) == (task, metric)]
             if axis.logarithmic or len(sorted_lengths(found)) > 1:
-                charts.append(_chart(runs, task, axis._replace(name=metric), "length (tokens)", _by_length(found), found))
+                lengths = sorted({row["length"] for row in found})
+                charts.append(_chart(runs, task, axis._replace(name=metric), ("length (tokens)", lengths), _by_length(found), found))
         parts += [_el("h2", heading), _el("div", *charts, class_="charts")] if charts else []
     return parts
 
@@ -351,7 +352,9 @@ def _positions(runs: Sequence[Run], rows: Sequence[Row]) -> list[Element]:
         charts = []
         for task in dict.fromkeys(row["task"] for row in mine):
             found = [row for row in mine if row["task"] == task]
-            charts.append(_chart(runs, task, drawn.y, drawn.x, _by_position(found, drawn.longest_only), found))
+            series = _by_position(found, drawn.longest_only)
+            places = [point[0] for each in series for point in each.points]
+            charts.append(_chart(runs, task, drawn.y, (drawn.x, _doublings(min(places), max(places))), series, found))
         parts += [_el("h2", drawn.heading), _el("div", *charts, class_="charts")] if charts else []
     return parts
 
@@ -379,18 +382,19 @@ def _trained_window(run: Run, row: Row) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _chart(runs: Sequence[Run], task: str, y_axis: _Axis, x_name: str, series: Sequence[_Series], rows: Sequence[Row]) -> Element:
-    """A chart with the trained windows of the rows' models, and its legend; lines also differ by mark and dash."""
+def _chart(runs: Sequence[Run], task: str, y_axis: _Axis, x_axis: tuple[str, Sequence[int]], series: Sequence[_Series], rows: Sequence[Row]) -> Element:
+    """A chart with the trained windows of the rows' models, and its legend; lines also differ by mark and dash.
+
+    x_axis: its name and ticks."""
     windows = sorted({window for row in rows if (window := _trained_window(runs[row["run"] - 1], row))})
     places = sorted({point[0] for each in series for point in each.points})
     ends = [end for each in series for _, *three in each.points for end in three if end is not None and (end > 0 or not y_axis.logarithmic)]
     ticks = _ticks(min(ends), max(ends)) if y_axis.logarithmic else [0, 0.25, 0.5, 0.75, 1]
     x = _scale([*places, *windows], _LEFT + 14, _WIDE - _RIGHT)
     y = _scale([*ends, *ticks], _HIGH - _BOTTOM, _TOP, y_axis.logarithmic)
-    by_length = x_name.startswith("length")
-    title = f"{task}: {y_axis.name} against {x_name}, {'both axes' if y_axis.logarithmic else 'which is'} logarithmic"
+    title = f"{task}: {y_axis.name} against {x_axis[0]}, {'both axes' if y_axis.logarithmic else 'which is'} logarithmic"
     chart = _el("svg", _el("title", title), viewBox=f"0 0 {_WIDE} {_HIGH}", role="img", aria_label=title, class_="chart")
-    chart.extend(_axes((x_name, places if by_length else _doublings(places[0], places[-1])), (y_axis.name, ticks), windows, x, y))
+    chart.extend(_axes(x_axis, (y_axis.name, ticks), windows, x, y))
     names = []
     for number, each in enumerate(series):
         chart.append(_line(number, each, x, y, y_axis.logarithmic))

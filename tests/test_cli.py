@@ -512,6 +512,14 @@ def test_ctrl_c_anywhere_is_status_130(longctx, base, monkeypatch):
     assert longctx("inspect", base) == (130, "", "longctx: interrupted\n")
 
 
+def test_ctrl_c_in_an_evaluation_says_how_to_go_on(longctx, base, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_longctx.evaluation.score_cells", stopped)
+    assert longctx("eval", base, "--lengths", "450", "--task", "passkey:n=1,depths=1", "--out", "e") == (130, "", "longctx: interrupted; the same command goes on\n")
+
+
 def test_ctrl_c_is_status_130_and_resume_finishes(longctx, recipe, tmp_path):
     recipe["train"] |= {"max_steps": 150, "save_steps": 5}
     dump_recipe(parse_recipe(recipe), tmp_path / "long.yaml")

@@ -377,10 +377,11 @@ def test_a_local_path_in_a_tasks_options_is_not_shown(tmp_path):
     assert shown[0] != shown[1]
 
 
-@pytest.mark.parametrize(("cache", "message"), [("quantised", "got 'quantised'"), ("offloaded", "moves keys and values off a CUDA GPU")])
+@pytest.mark.parametrize(("cache", "message"), [("quantised", "did you mean 'quantized'"), ("offloaded", "moves keys and values off a CUDA GPU")])
 def test_a_cache_that_cannot_be_had_is_refused(cache, message, base, tmp_path):
     with pytest.raises(ValueError, match=message):
-        evaluate(base, PASSKEY, 400, out=tmp_path, device="cpu", cache=cache)
+        evaluate(base, PASSKEY, 400, out=tmp_path / "out", device="cpu", cache=cache)
+    assert (tmp_path / "out").exists() == (cache == "offloaded")  # only the device, known with the model, refuses that
 
 
 def test_the_kind_of_cache_reaches_scorer_and_decoder(base, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveInt
 
-from hf_longctx.evals._haystack import NOISE, Scoring, hide_between, noise, score_found
+from hf_longctx.evals._haystack import NOISE, Scoring, draw_different, hide_between, noise, score_found
 from hf_longctx.task import TURN, Cell, Result, Scored, Task, accuracy, encode, exact_match, for_prompts, question_and_answer, room_for
 
 HOPS = 4
@@ -61,12 +61,7 @@ class Vt(Task):
 
 def _names(rng: np.random.Generator, letters: int) -> list[str]:
     """Different names, one more than there are hops."""
-    found: list[str] = []
-    while len(found) <= HOPS:
-        name = "".join(rng.choice(list(string.ascii_uppercase), letters))
-        if name not in found:
-            found.append(name)
-    return found
+    return draw_different(HOPS + 1, lambda: "".join(rng.choice(list(string.ascii_uppercase), letters)))
 
 
 def _chain(names: Sequence[str], value: str) -> list[str]:

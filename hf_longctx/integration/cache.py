@@ -10,7 +10,7 @@ and meet its keys once, without a copy of these (arXiv:2402.05099).
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,21 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from hf_longctx.integration.attention import FULL_ROWS
+from hf_longctx.schema import nearest
 
 OVER_CACHE = "sdpa_over_cache"
-Kind = Literal["dynamic", "offloaded", "quantized"]
+KINDS = ("dynamic", "offloaded", "quantized")
 KeyValues = tuple[Tensor, Tensor]
 _BLOCK = 2**24  # query-key pairs of a head, where a kernel without causality may hold them all
 
 
 # --- the cache
+
+
+def check_kind(kind: str) -> None:
+    """Raise ValueError, with the nearest name, for an unknown kind of cache."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown cache {kind!r}" + nearest(kind, KINDS))
 
 
 def check_cache(kind: str, config: PretrainedConfig, device: str) -> None:
@@ -44,14 +51,13 @@ def make_cache(kind: str, config: PretrainedConfig, room: int, device: str) -> C
     Raises:
         ValueError: an unknown kind; offloading without a GPU; quantisation without optimum-quanto, or of a sliding window.
     """
+    check_kind(kind)
     if kind == "dynamic":
         return TextCache(config, room)
     if kind == "offloaded":
         if device != "cuda":
             raise ValueError(f"an offloaded cache moves keys and values off a CUDA GPU, but the model is on {device}; leave out cache")
         return DynamicCache(config=config, offloading=True)
-    if kind != "quantized":
-        raise ValueError(f"cache is one of dynamic, offloaded and quantized, got {kind!r}")
     try:
         return QuantizedCache("quanto", config)
     except ImportError:

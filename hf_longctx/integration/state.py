@@ -390,8 +390,8 @@ def scan_from(
     """
     if kernel is not None:
         u = u.contiguous()  # beside a cache it is the end of longer rows, and the kernel reads 16 bytes at a time from where a row begins
-    if kernel is not None and start is None:
-        return kernel(u, dt, a, b, c, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state, **options)
+        if start is None:
+            return kernel(u, dt, a, b, c, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state, **options)
     wide = _wide(u.dtype)
     with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # it knows no meta device
         delta = dt.to(wide) if delta_bias is None else dt.to(wide) + delta_bias.to(wide)[:, None]
