@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -164,10 +165,13 @@ def smollm2(shared, tmp_path_factory) -> Path:
     given = os.environ.get("LONGCTX_SMOLLM2")
     if given:
         return Path(given)
-    folder = tmp_path_factory.mktemp("smollm2")
-    done = subprocess.run([sys.executable, str(shared / "tools/smollm2.py"), str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"SmolLM2 cannot be had here: {done.stderr.strip().splitlines()[-1]}")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):  # half a minute, once for all processes of a run
+        if not (folder / "config.json").exists():
+            done = subprocess.run([sys.executable, str(shared / "tools/smollm2.py"), str(folder)], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"SmolLM2 cannot be had here: {done.stderr.strip().splitlines()[-1]}")
     return folder
 
 
