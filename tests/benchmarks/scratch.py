@@ -1,17 +1,21 @@
 """Methods from scratch: train each at a short window, read the same tokens under growing context.
 
     python tests/benchmarks/scratch.py --set model.tokenizer=SMOLLM2 --set data=[{path: train.npz}] --data validation.npz \\
-        --rows rope,alibi,mep,mep_learned --seeds 3 --lengths 512,1k,2k,4k,8k,16k --baseline alibi --out scratch
+        --rows rope,alibi,mep,mep_learned --seeds 3 --lengths 512,1k,2k,4k,8k,16k --baseline alibi --workers 4 --out scratch
 
 and `--recipe scratch-mamba-512 --rows zero,carry --baseline zero` for state passing. Prints three tables, mean over seeds and the
 half-width of its 95 % interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change
 from the shortest length, same model, same tokens, with the largest upper end of its intervals over documents. A picture of the first
-lies in --out. What is there already is not run again.
+lies in --out. What is there already is not run again; `--table` runs nothing.
 """
 
 import argparse
+import json
 import math
+import os
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,21 +54,44 @@ def methods_of(row: str, window: int) -> tuple[dict[str, Any], ...]:
     return tuple(spec | {"target": window} if spec["name"] == "nope" else spec for spec in (ROWS | STATES)[row])
 
 
-def model_of(row: str, recipe: Recipe, seed: int, out: Path) -> Path:
-    """The trained model, from an earlier run if there is one."""
-    folder = out / f"{row}@{seed}"
-    if not (folder / "done").exists():
-        start = time.perf_counter()
+def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: argparse.Namespace) -> None:
+    """Train one model and read the documents with it."""
+    folder, start = options.out / f"{row}@{seed}", time.perf_counter()
+    if not (folder / "seconds").exists():
         finetune(replace(recipe, methods=methods_of(row, recipe.window), seed=seed), folder / "model", overwrite=True)
-        (folder / "done").write_text(f"{time.perf_counter() - start:.0f}")
-        print(f"{row}@{seed}: trained in {(folder / 'done').read_text()} s", flush=True)
-    return folder / "model"
+        (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}")
+    task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
+    trained = time.perf_counter()
+    rows = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data)
+    values = [found["value"] for found in rows if found["metric"] in ("perplexity", "failed")]
+    told = " / ".join("failed" if value is None else f"{value:.4g}" for value in values)
+    print(f"{row}@{seed}: {told} (trained in {(folder / 'seconds').read_text()} s, read in {time.perf_counter() - trained:.0f} s)", flush=True)
+
+
+def start_worker(number: Any, gpus: int) -> None:
+    """In a process of the pool, before CUDA is: each has one of the GPUs."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[mine % gpus]
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+
+
+def results(folder: Path) -> tuple[dict[int, float], dict[int, tuple[float, float]]]:
+    """Perplexity by length; its change from the shortest one in percent, with the upper end of the interval. Empty where a run is not."""
+    path = folder / "eval" / "results.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    values = {found["length"]: found["value"] for found in rows if found["metric"] == "perplexity"}
+    changed = [found for found in rows if found["metric"] == f"change_from_{min(values, default=0)}"]
+    return values, {found["length"]: (100 * found["value"], 100 * found["ci_high"]) for found in changed}
 
 
 def spread(values: list[float]) -> str:
     """Mean and half-width."""
-    half = T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.4g} ± {half:.2g}" if len(values) > 1 else f"{values[0]:.4g}"
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else ""
+    return f"{np.mean(values):.4g} ± {T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values)):.2g}"
 
 
 def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
@@ -72,14 +99,37 @@ def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     axis = figure.subplots()
     for row, by_length in found.items():
         axis.plot(list(by_length), [np.mean(values) for values in by_length.values()], marker="o", label=row)
+    lengths = sorted({length for by_length in found.values() for length in by_length})
     axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same tokens")
-    axis.set_xticks(list(next(iter(found.values()))), [format_size(n) for n in next(iter(found.values()))])
+    axis.set_xticks(lengths, [format_size(n) for n in lengths])
     axis.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
+def report(rows: list[str], lengths: list[int], options: argparse.Namespace) -> None:
+    """The tables and the picture, of the runs that are there."""
+    values: dict[str, dict[int, list[float]]] = {}
+    table: list[dict[str, list[str]]] = [{}, {}, {}]
+    for row in rows:
+        runs = [(results(options.out / f"{row}@{seed}"), results(options.out / f"{options.baseline}@{seed}")[0]) for seed in range(options.seeds)]
+        runs = [run for run in runs if run[0][0]]
+        values[row] = {n: there for n in lengths if (there := [found[n] for (found, _), _ in runs if n in found])}
+        change = {n: [100 * (found[n] / beside[n] - 1) for (found, _), beside in runs if n in found and n in beside] for n in lengths}
+        growth = {n: [grown[n] for (_, grown), _ in runs if n in grown] for n in lengths}
+        table[0][row] = [spread(values[row].get(n, [])) for n in lengths]
+        table[1][row] = [spread(change[n]) for n in lengths]
+        table[2][row] = [spread([g for g, _ in growth[n]]) + (f" ({max(top for _, top in growth[n]):+.2f})" if growth[n] else "") for n in lengths[1:]]
+    for title, cells in zip(("perplexity", f"change from {options.baseline}, %", f"change from {format_size(lengths[0])}, % (most)"), table, strict=True):
+        shown = lengths[-len(next(iter(cells.values()))) :]
+        print(f"\n| {title} | " + " | ".join(format_size(n) for n in shown) + " |\n|" + " --- |" * (len(shown) + 1))
+        for row, each in cells.items():
+            print(f"| {row} | " + " | ".join(each) + " |")
+    if any(values.values()):
+        draw(values, options.out / "perplexity.png")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="scratch-512")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--data", required=True)
@@ -89,42 +139,23 @@ def main() -> None:
     parser.add_argument("--spans", type=int, default=4, help="a document")
     parser.add_argument("--tokens", type=int, default=256, help="of a span")
     parser.add_argument("--baseline", default="alibi")
+    parser.add_argument("--workers", type=int, default=1, help="processes, dealt to the GPUs")
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
     recipe = read_recipe(options.recipe, options.set)
-    lengths = [parse_size(length) for length in options.lengths.split(",")]
-    rows = options.rows.split(",")
-    rows.sort(key=lambda row: row != options.baseline)
-    task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
-    values: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths} for row in rows}
-    changes: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths} for row in rows}
-    growth: dict[str, dict[int, list[float]]] = {row: {n: [] for n in lengths[1:]} for row in rows}
-    highest = {row: dict.fromkeys(lengths[1:], -math.inf) for row in rows}
-    for seed in range(options.seeds):
-        beside = model_of(options.baseline, recipe, seed, options.out)
-        for row in rows:
-            model = model_of(row, recipe, seed, options.out)
-            baseline = None if row == options.baseline else beside
-            for found in evaluate(model, [task], lengths, out=options.out / f"{row}@{seed}/eval", data=options.data, baseline=baseline):
-                if found["model"] == str(model) and found["metric"] == "perplexity":
-                    values[row][found["length"]].append(found["value"])
-                if found["metric"] == "change_from_baseline":
-                    changes[row][found["length"]].append(100 * found["value"])
-                if found["model"] == str(model) and found["metric"] == f"change_from_{lengths[0]}":
-                    growth[row][found["length"]].append(100 * found["value"])
-                    highest[row][found["length"]] = max(highest[row][found["length"]], 100 * found["ci_high"])
-            print(f"{row}@{seed}: " + " / ".join(f"{v[-1]:.4g}" if v else "failed" for v in values[row].values()), flush=True)
+    lengths, rows = [parse_size(length) for length in options.lengths.split(",")], options.rows.split(",")
+    left = [(row, seed) for seed in range(options.seeds) for row in rows if not (options.out / f"{row}@{seed}/eval/results.json").exists()]
+    spawn = torch.multiprocessing.get_context("spawn")
+    if left and not options.table:
+        about = spawn.Value("i", 0), torch.cuda.device_count()
+        with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=start_worker, initargs=about) as pool:
+            for run in [pool.submit(measure, row, seed, recipe, lengths, options) for row, seed in left]:
+                if (problem := run.exception()) is not None:  # the others go on
+                    print(f"{type(problem).__name__}: {problem}", flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{machine}, torch {torch.__version__}, transformers {transformers.__version__}; {recipe.train.get('max_steps')} steps, {options.seeds} seeds")
-    tables = {"perplexity": values, f"change from {options.baseline}, %": changes, f"change from {format_size(lengths[0])}, % (most)": growth}
-    for title, table in tables.items():
-        shown = lengths if table is not growth else lengths[1:]
-        print(f"\n| {title} | " + " | ".join(format_size(n) for n in shown) + " |\n|" + " --- |" * (len(shown) + 1))
-        for row, by_length in table.items():
-            most = {n: f" ({highest[row][n]:+.2f})" if table is growth else "" for n in shown}
-            print(f"| {row} | " + " | ".join(spread(v) + most[n] if v else "" for n, v in by_length.items()) + " |")
-    draw(values, options.out / "perplexity.png")
+    report(rows, lengths, options)
 
 
 if __name__ == "__main__":
