@@ -34,9 +34,9 @@ def _method_names() -> list[str]:
 
 
 def _task_names() -> list[str]:
-    from hf_longctx.task import task_names
+    from hf_longctx.task import GROUPS, task_names
 
-    return task_names()
+    return [*task_names(), *GROUPS]
 
 
 def _recipe_names() -> list[str]:
@@ -441,7 +441,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--task", metavar="NAME[:key=value,...]", autocompletion=_complete(_task_names),
-            help="What to measure; may be repeated. Values are YAML, or @file. Default: passkey and perplexity.",
+            help="What to measure; may be repeated. Values are YAML, or @file. `ruler` stands for RULER's. Default: passkey and perplexity.",
         ),
     ] = None,
     method: Methods = None,
@@ -482,7 +482,7 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
     from hf_longctx.evaluation import built_in_source
     from hf_longctx.evaluation import evaluate as run
     from hf_longctx.reporting import table
-    from hf_longctx.task import load_task
+    from hf_longctx.task import load_tasks
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal or not _is_first()) as bar:
         shown: dict[str, TaskID] = {}
@@ -498,7 +498,7 @@ def _run_evaluation(model: str, tasks: list[Any], lengths: list[Any], folder: Pa
     failed = any(row["metric"] == "failed" for row in rows)
     if not _is_first():
         return failed
-    if not options.get("data") and any(load_task(task).needs_text for task in tasks):
+    if not options.get("data") and any(task.needs_text for task in load_tasks(tasks)):
         out.print(f"text: {built_in_source()}", markup=False)
     head, *lines = table(rows)
     _table(head, lines)

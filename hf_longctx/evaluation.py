@@ -31,7 +31,7 @@ from hf_longctx.reporting import is_share, plot_results
 from hf_longctx.schema import parse_size
 from hf_longctx.scoring import Reader, attempts, score_cells
 from hf_longctx.stats import bootstrap, paired_shares
-from hf_longctx.task import Cell, ModelTask, Result, Scored, Task, all_or_nothing, load_task
+from hf_longctx.task import Cell, ModelTask, Result, Scored, Task, all_or_nothing, load_tasks
 
 logger = logging.getLogger(__name__)
 COLUMNS = (
@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         model: a hub id, a folder, an adapter folder or a .gguf file.
-        tasks: names, `{"name": ..., **options}`, or Task objects.
+        tasks: names, `{"name": ..., **options}`, or Task objects; "ruler" stands for the tasks of RULER that need no files.
         lengths: tokens of a cell, or sizes such as "32k".
         out: `results.jsonl` grows there as results come; at the end `results.json`, `results.csv` and a PNG a task are made.
             A call with the same arguments goes on where an earlier one stopped, and tries again what failed.
@@ -133,7 +133,7 @@ def evaluate(
     sizes = sorted({parse_size(length) for length in _several(lengths)})
     check_kind(cache)
     passes = Passes(batch_size, None if chunk is None else parse_size(chunk), cache)
-    asked = [load_task(task) for task in _several(tasks)]
+    asked = load_tasks(_several(tasks))
     if not asked or not sizes:
         raise ValueError("give at least one task and one length")
     chosen = {spelled(task): task.for_lengths(sizes) for task in asked}

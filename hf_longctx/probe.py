@@ -15,7 +15,7 @@ from hf_longctx.evaluation import read_documents
 from hf_longctx.loss import evaluating
 from hf_longctx.recipe import DataSource, ProbeSpec
 from hf_longctx.scoring import score_cells
-from hf_longctx.task import Cell, Result, Task, load_task
+from hf_longctx.task import Cell, Result, Task, load_tasks
 
 logger = logging.getLogger(__name__)
 SECONDS = "probe/seconds"
@@ -38,7 +38,7 @@ class Probed:
 def make_cells(spec: ProbeSpec, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, far: int, seed: int) -> tuple[Probed, ...]:
     """The cells of a probe of a model with the (patched) `config`, by default at `far` tokens. ValueError where a task cannot be had at a length."""
     lengths = spec.lengths or (far,)
-    tasks = [load_task(task).for_lengths(lengths) for task in spec.tasks]
+    tasks = [task.for_lengths(lengths) for task in load_tasks(spec.tasks)]
     source = None if spec.data is None else DataSource(spec.data)
     documents = read_documents(source, tokenizer, config) if any(task.needs_text for task in tasks) else []
     try:

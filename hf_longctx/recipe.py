@@ -304,9 +304,9 @@ def _place(here: Any, part: str, path: str) -> tuple[Any, Any]:
 
 def _check_tasks(specs: Sequence[str | Mapping[str, Any]]) -> list[str]:
     """The names of evaluation tasks. Raises ValueError for what cannot be one: before training, not after it."""
-    from hf_longctx.task import load_task
+    from hf_longctx.task import load_tasks
 
-    return [load_task(spec).name for spec in specs]
+    return [task.name for task in load_tasks(specs)]
 
 
 def _check_keys(block: str, values: Mapping[str, Any], known: Any) -> None:
@@ -351,13 +351,13 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors that complete and check YAML."""
     from pydantic import TypeAdapter
 
-    from hf_longctx.task import task_class, task_names
+    from hf_longctx.task import GROUPS, task_class, task_names
 
     schema = TypeAdapter(Recipe).json_schema()
     keys, blocks = schema["properties"], schema["$defs"]
     keys["methods"]["items"] = {"anyOf": [_named(name, method_class(name)) for name in method_names()]}
     for spec in ("EvalSpec", "ProbeSpec"):
-        blocks[spec]["properties"]["tasks"]["items"] = {"anyOf": [{"enum": task_names()}, *(_named(name, task_class(name)) for name in task_names())]}
+        blocks[spec]["properties"]["tasks"]["items"] = {"anyOf": [{"enum": [*task_names(), *GROUPS]}, *(_named(name, task_class(name)) for name in task_names())]}
     keys["lora"] |= {"anyOf": [_object(_lora_keys()), {"type": "null"}]}
     blocks["ModelSpec"]["properties"]["quantization"] |= {"anyOf": [_object(_quantization_keys()), {"type": "null"}]}
     keys["train"] |= _object({key: text for key, text in _train_keys().items() if key not in _OURS})

@@ -19,6 +19,12 @@ from hf_longctx.schema import STRICT_KEYS, build, nearest
 from hf_longctx.stats import bootstrap, bootstrap_means, wilson
 
 TURN = "\x1e"  # in a prompt, between question and answer
+GROUPS = {  # one name for several tasks
+    "ruler": (  # all that need no files: without qa_1 and qa_2
+        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery",
+        "vt", "cwe", "fwe",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def task_names() -> list[str]:
 def task_class(name: str) -> type[Task]:
     """The class in `hf_longctx/evals/NAME.py`. Raises ValueError, with the nearest name, if there is none."""
     if name not in task_names():
-        raise ValueError(f"unknown task {name!r}" + nearest(name, task_names()))
+        raise ValueError(f"unknown task {name!r}" + nearest(name, [*task_names(), *GROUPS]))
     module = importlib.import_module(f"{_folder.__name__}.{name}")
     (found,) = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__ and issubclass(v, Task))
     return found
@@ -198,6 +204,17 @@ def load_task(spec: Task | str | Mapping[str, Any]) -> Task:
     if field and not inner and field not in values:
         raise ValueError(f"{outer} needs a name after a slash, as in {outer}/hellaswag, got {name!r}")
     return build(task_class(outer), {field: inner} | values, name) if field else build(task_class(name), values, name)
+
+
+def load_tasks(specs: Sequence[Task | str | Mapping[str, Any]]) -> list[Task]:
+    """As `load_task`, of each; the name of a group stands for its tasks, with options that all of them have."""
+    return [load_task(each) for spec in specs for each in _members(spec)]
+
+
+def _members(spec: Task | str | Mapping[str, Any]) -> Sequence[Task | str | Mapping[str, Any]]:
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    group = GROUPS.get(str(options.pop("name", "")))
+    return [spec] if group is None else [{"name": name} | options for name in group]
 
 
 class InChat:

@@ -16,7 +16,7 @@ from hf_longctx.cli.main import app, parse_spec
 from hf_longctx.demo import NEXT
 from hf_longctx.method import describe, load_methods, method_class, method_names
 from hf_longctx.recipe import parse_recipe, recipe_names
-from hf_longctx.task import load_task, task_class, task_names
+from hf_longctx.task import load_tasks, task_class, task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = typer.main.get_command(app)
@@ -101,7 +101,7 @@ def test_every_command_line_parses_and_names_what_exists():
         found = parse(line)
         load_methods([parse_spec(text) for text in found.get("method") or []])
         for text in found.get("task") or []:
-            load_task(parse_spec(text))
+            load_tasks([parse_spec(text)])
         recipe = found.get("recipe")
         assert recipe is None or recipe in recipe_names() or recipe.endswith(".yaml"), line
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 import uuid
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from hf_longctx.evals import _haystack, cwe, fwe, vt
 from hf_longctx.recipe import json_schema
 from hf_longctx.stats import bootstrap_means, wilson
-from hf_longctx.task import Cell, Scored, encode, load_task, opening, task_names
+from hf_longctx.task import Cell, Scored, encode, load_task, load_tasks, opening, task_class, task_names
 from tests.conftest import byte_tokenizer
 from tests.test_tasks import bos_tokenizer, merging_tokenizer, prose
 
@@ -267,12 +268,24 @@ def test_nothing_may_prolong_an_answer(name, after, right):
     assert task.score(cells, outputs, tokenizer)[0].value == pytest.approx(right * 5 / 6)
 
 
+def test_ruler_stands_for_its_tasks_that_need_no_files():
+    tasks = load_tasks([{"name": "ruler", "n": 3, "chat": True}, "vt", "passkey"])
+    every = {name for name in task_names() if sys.modules[task_class(name).__module__].__doc__.startswith("RULER's")}
+    assert {task.name for task in tasks[:-2]} == every - {"qa_1", "qa_2"}
+    assert [(task.n, task.chat) for task in tasks[:-2]] == [(3, True)] * 11
+    assert tasks[-2:] == [load_task("vt"), load_task("passkey")]
+    with pytest.raises(ValueError, match=r"^niah_multivalue: unknown key 'depths'"):
+        load_tasks([{"name": "ruler", "depths": 3}])
+    with pytest.raises(ValueError, match=r"^unknown task 'rular'; did you mean 'ruler'"):
+        load_tasks(["rular"])
+
+
 def test_tasks_are_offered_by_the_command_line_and_the_recipe():
     from hf_longctx.cli.main import _task_names
 
-    assert set(EVERY) <= set(_task_names())
+    assert {*EVERY, "ruler"} <= set(_task_names())
     assert not any(name.startswith("_") for name in task_names())
-    assert all(name in json.dumps(json_schema()) for name in EVERY)
+    assert all(name in json.dumps(json_schema()) for name in (*EVERY, '"ruler"'))
 
 
 # --- what the model writes by itself

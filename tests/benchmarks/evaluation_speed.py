@@ -11,7 +11,7 @@ Prints from one run, each with peak memory:
              it finds the key
   big        random weights of the shape of Llama-3.1-8B, bfloat16: perplexity of a whole text, the same in chunks, and forced passkey;
              FLOPs and their share of what a matrix product of 8,192^3 reaches in the same run
-  suite      `evaluate` with its default tasks at --lengths
+  suite      `evaluate` with its default tasks and RULER's, at --lengths
 
 FLOPs of a pass over q tokens behind p others: linear layers 2 q x (their weights), attention 4 x layers x heads x head_dim x
 (q p + q (q + 1) / 2): what causality leaves, so that a kernel gets no credit for what it masks; output embedding 2 x width x
@@ -272,10 +272,10 @@ def matmul_peak(size: int) -> float:
 
 
 def suite(options: argparse.Namespace) -> None:
-    say(f"\ndefault tasks at {options.lengths}, {options.model}")
-    given: dict[str, Any] = {"tasks": toy_tasks()} if options.toy else {}
+    tasks = toy_tasks() if options.toy else [{"name": "passkey"}, {"name": "perplexity"}, {"name": "ruler"}]
+    say(f"\n{', '.join(task['name'] for task in tasks)} at {options.lengths}, {options.model}")
     with tempfile.TemporaryDirectory() as folder:
-        rows, seconds, _ = measure(lambda: evaluate(options.model, lengths=options.lengths.split(","), out=folder, **given))
+        rows, seconds, _ = measure(lambda: evaluate(options.model, tasks, options.lengths.split(","), out=folder))
     say(f"  {'all of it':44} {seconds:8.1f} s")
     for row in {(row["task"], row["length"]): row for row in reversed(rows) if row["depth"] is None}.values():
         value = row["error"] if row["value"] is None else f"{row['value']:.4f}"
