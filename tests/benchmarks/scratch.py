@@ -45,7 +45,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "key_norm_sum": [{"name": "key_norm"}],
     "key_norm_mean": [{"name": "key_norm", "by": "mean", "learn_gain": True}],
 }
-STATES: dict[str, list[dict[str, Any]]] = {name: [{"name": name}] for name in method_names("state")}
+STATES: dict[str, list[dict[str, Any]]] = {name: [{"name": name}] for name in method_names("state")} | {"noise": [{"name": "noise", "sigma": 0.1}]}
 T95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
 
@@ -74,6 +74,7 @@ def start_worker(number: Any, gpus: int) -> None:
         mine, number.value = number.value, number.value + 1
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[mine % gpus]
+    torch.multiprocessing.set_start_method("fork", force=True)  # of DataLoader's workers, which would import everything anew
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
 
