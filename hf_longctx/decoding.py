@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hf_longctx.integration import state
-from hf_longctx.integration.cache import fast_over_cache, make_cache
+from hf_longctx.integration.cache import TextCache, fast_over_cache, make_cache
 from hf_longctx.integration.configs import family
 from hf_longctx.lora import base_model
 from hf_longctx.scoring import Reader
 from hf_longctx.task import Cell, Scored
 
 OnTokens = Callable[[int], None]
+_HELD = 2**30  # bytes of keys and values beside each other where there is no GPU
 
 
 def decode_cells(
@@ -25,14 +26,15 @@ def decode_cells(
 ) -> list[Scored]:  # fmt: skip
     """Let the model go on with each prompt by its most likely token until it ends the text or may write no more.
 
-    Prompts of equal length share a batch, so that nothing is padded. Of a prompt only the last token meets the output embedding:
-    memory is linear in length. The end-of-sequence tokens are those of the model's generation settings; nothing else in these
-    (penalties, forbidden tokens, sampling) counts.
+    Prompts of equal length share a batch, so that nothing is padded. They are read some at a time, and then written on all at
+    once, as far as half of the free memory holds their keys and values: a step costs nearly the same for one as for a hundred.
+    Of a prompt only the last token meets the output embedding: memory is linear in length. The end-of-sequence tokens are
+    those of the model's generation settings; nothing else in these (penalties, forbidden tokens, sampling) counts.
 
     Args:
         model: in eval mode, wrapped by PEFT or not.
         cells: free ones.
-        batch_size: prompts in one forward pass; by default as in `score_cells`.
+        batch_size: prompts in one forward pass; by default they are read as in `score_cells`.
         on_tokens: called with the number of tokens that were read, or that were written or need not be.
         chunk, cache: of prompts, as in `score_cells`.
 
@@ -43,7 +45,7 @@ def decode_cells(
     reader = Reader(base, batch_size, chunk, cache)
     outputs: dict[int, Scored] = {}
     with torch.no_grad(), _settings_aside(base) as own:
-        for batch in reader.batches(cells):
+        for batch in _batches(reader, cells):
             mine = [cells[i] for i in batch]
             assert all(cell.free and cell.start == len(cell.ids) for cell in mine)
             outputs |= zip(batch, _write(reader, mine, _ends(own), on_tokens or (lambda _: None)), strict=True)
@@ -64,6 +66,41 @@ def _settings_aside(base: Any) -> Iterator[GenerationConfig]:
 def _ends(settings: GenerationConfig) -> list[int]:
     ends = settings.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _batches(reader: Reader, cells: Sequence[Cell]) -> Iterator[list[int]]:
+    """Indices of cells that are written on together."""
+    if not _grows(reader) or reader.batch_size is not None:
+        yield from reader.batches(cells)
+        return
+    alike: dict[int, list[int]] = {}
+    for i, cell in enumerate(cells):
+        alike.setdefault(len(cell.ids), []).append(i)
+    for length, indices in sorted(alike.items()):
+        held = _bytes_a_token(reader) * max(cells[i].stop for i in indices)
+        rows = max(reader.rows(length), _held(reader.device) // held)
+        for start in range(0, len(indices), rows):
+            yield indices[start : start + rows]
+
+
+def _grows(reader: Reader) -> bool:
+    """Whether prompts are read into a cache that has room for what is written."""
+    return reader.in_chunks and reader.cache == "dynamic"
+
+
+def _bytes_a_token(reader: Reader) -> int:
+    """Of keys and values of one text."""
+    cache = TextCache(reader.config, 1)
+    reader.base.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=reader.device), past_key_values=cache, use_cache=True)
+    return cache.nbytes
+
+
+def _held(device: torch.device) -> int:
+    """Bytes that keys and values may take."""
+    if device.type != "cuda":
+        return _HELD
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free // 2
 
 
 def _write(reader: Reader, cells: Sequence[Cell], ends: list[int], on_tokens: OnTokens) -> list[Scored]:
@@ -87,6 +124,8 @@ def _prompt(reader: Reader, ids: Tensor, new: int, on_tokens: OnTokens) -> dict[
 
     `generate` itself does that only with a cache called `past_key_values`."""
     config, (rows, length) = reader.config, ids.shape
+    if _grows(reader) and length > 1:
+        return {"input_ids": ids[:, -1:], "attention_mask": torch.ones_like(ids), "past_key_values": _read(reader, ids[:, :-1], length + new, on_tokens)}
     *pieces, last = ids.split(reader.tokens(length, rows), dim=1)
     if not pieces and reader.cache == "dynamic":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -100,6 +139,20 @@ def _prompt(reader: Reader, ids: Tensor, new: int, on_tokens: OnTokens) -> dict[
             done += piece.shape[1]
             on_tokens(piece.numel())
     return {"input_ids": last, "attention_mask": torch.ones_like(ids if name == "past_key_values" else last), name: cache}
+
+
+def _read(reader: Reader, ids: Tensor, room: int, on_tokens: OnTokens) -> Cache:
+    """Keys and values of texts of one length, read as many at a time as fill a pass."""
+    (texts, length), cache = ids.shape, TextCache(reader.config, room, len(ids))
+    size = reader.rows(length)
+    with fast_over_cache(reader.base) as fast:
+        for first in range(0, texts, size):
+            cache.rows = slice(first, min(first + size, texts))
+            cache.crop(cache.get_seq_length())
+            for _, hidden, _ in reader.over(cache, ids[cache.rows], fast):
+                on_tokens(hidden[..., 0].numel())
+    cache.rows, cache.apart = slice(None), False
+    return cache
 
 
 class _Watch(LogitsProcessor):

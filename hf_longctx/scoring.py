@@ -80,7 +80,8 @@ def score_cells(
 def attempts(config: PretrainedConfig, cells: Sequence[Cell], batch_size: int | None, chunk: int | None, device: str) -> list[tuple[int | None, int | None]]:
     """Batch size and chunk to read cells with, then what to try where memory did not suffice: one by one, and in small chunks."""
     found = [(batch_size, chunk)]
-    if max(map(len, batches(cells, config, batch_size, chunk, device)), default=1) > 1:
+    beside = max(map(len, batches(cells, config, batch_size, chunk, device)), default=1)
+    if beside > 1 or (batch_size is None and len(cells) > 1 and any(cell.free for cell in cells)):
         found.append((1, chunk))
     small = _at_once(device) // 64
     if _why_at_once(config) is None and small < min(chunk or small + 1, max(len(cell.ids) for cell in cells)):
@@ -234,6 +235,10 @@ class Reader:
     def batches(self, cells: Sequence[Cell]) -> Iterator[list[int]]:
         """Indices of cells that are read together."""
         return batches(cells, self.config, self.batch_size, self.chunk, self.device.type)
+
+    def rows(self, length: int) -> int:
+        """Sequences of so many tokens in one pass."""
+        return self.batch_size or _rows(self.config, length, self.chunk, self.device.type)
 
     def tokens(self, length: int, rows: int) -> int:
         """Of a sequence in one pass."""

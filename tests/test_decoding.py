@@ -55,8 +55,11 @@ def reference(model, cell: Cell) -> tuple[list[int], list[float]]:
     return ids[0, cell.start :].tolist(), nll
 
 
-@pytest.mark.floor
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt_neox", "phi3", "yarn", "alibi", "fire", "log_n", "sinusoidal", *STATE_FAMILIES])
+EACH = ["llama", "mistral", "gemma3_text", "gpt_neox", "phi3", "yarn", "alibi", "fire", "log_n", "sinusoidal", *STATE_FAMILIES]
+SHORT = ("llama", "gemma3_text", "fire", "mamba", "bamba")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.floor] if name in SHORT else []) for name in EACH])
 def test_it_is_a_loop_of_full_forward_passes(name):
     model = model_of(name)
     cells = [*prompts(model), replace(prompts(model)[0], stop=40 + NEW - 3)]  # some may write less than others
@@ -66,6 +69,40 @@ def test_it_is_a_loop_of_full_forward_passes(name):
         for output, (tokens, nll) in zip(decode_cells(model, cells, **options), wanted, strict=True):
             assert output.best.tolist() == tokens
             assert np.allclose(output.nll, nll, atol=1e-4)
+
+
+TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of keys and values: layers, both, heads, their dimension, float32
+
+
+@pytest.mark.parametrize(("name", "held", "together"), [
+    ("llama", decoding._HELD, [5]), ("llama", 3 * (40 + NEW) * TOKEN, [3, 2]), ("llama", 1, [2, 2, 1]),
+    ("gemma3_text", decoding._HELD, [5]), ("alibi", decoding._HELD, [5]),
+])  # fmt: skip
+def test_prompts_are_read_some_at_a_time_and_written_on_together(name, held, together, monkeypatch):
+    model, read, written = model_of(name), [], []
+    cells = prompts(model, (40, 40, 25, 40, 40, 40))
+    alone = decode_cells(model, cells, batch_size=1)
+    monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 80)
+    monkeypatch.setattr(decoding, "_HELD", held)
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda self, **given: written.append(len(given["input_ids"])) or generate(self, **given))
+    watching = model.get_decoder().register_forward_pre_hook(lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    found = decode_cells(model, cells)
+    watching.remove()
+    assert written == [1, *together]
+    assert [shape for shape in read if shape[1] > 1] == [(1, 24), *((rows, 39) for part in together for rows in [2] * (part // 2) + [1] * (part % 2))]
+    for output, other in zip(found, alone, strict=True):
+        assert output.best.tolist() == other.best.tolist()
+        assert np.allclose(output.nll, other.nll, atol=1e-4)
+
+
+def test_where_memory_does_not_suffice_prompts_are_tried_one_by_one():
+    """Also those that are too long to be read two at a time."""
+    long = scoring._TOKENS_AT_ONCE["cpu"] - NEW
+    model, cells = tiny_model(), [Cell(np.zeros(long, np.int64), long, long + NEW)] * 2
+    assert scoring.attempts(model.config, cells, None, None, "cpu")[:2] == [(None, None), (1, None)]
+    assert (1, None) not in scoring.attempts(model.config, cells[:1], None, None, "cpu")
+    assert (1, None) not in scoring.attempts(model.config, [Cell(np.zeros(long, np.int64), 1, long)] * 2, None, None, "cpu")
 
 
 def test_adapters_count():
@@ -127,7 +164,6 @@ def test_a_text_does_not_depend_on_the_one_before_it():
         assert np.array_equal(alone.nll, output.nll)
 
 
-@pytest.mark.floor
 def test_memory_is_linear_in_length():
     vocabulary, length = 3000, 600
     model = tiny_model(vocab_size=vocabulary)

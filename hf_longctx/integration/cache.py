@@ -28,6 +28,7 @@ from hf_longctx.schema import nearest
 OVER_CACHE = "sdpa_over_cache"
 KINDS = ("dynamic", "offloaded", "quantized")
 KeyValues = tuple[Tensor, Tensor]
+_ALL = slice(None)
 _BLOCK = 2**24  # query-key pairs of a head, where a kernel without causality may hold them all
 
 
@@ -71,21 +72,28 @@ class TextCache(Cache):
 
     `crop` only moves the end, so that texts with a common beginning are read one after another, each from where it differs.
     With `keep` off, a piece sees what is there and leaves it as it was; it may have several rows where the text has one.
+    With `texts`, so many of one length are read some at a time (`rows`, each time from an empty cache) and then go on together.
 
     Attributes:
         keep: whether the tokens of the next pass are added.
         apart: whether attention takes the keys before a piece from the cache (`past_of`) and not from its arguments.
+        rows: which of the texts the next pass reads.
     """
 
     layers: Any
 
-    def __init__(self, config: PretrainedConfig, room: int) -> None:
+    def __init__(self, config: PretrainedConfig, room: int, texts: int | None = None) -> None:
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-        super().__init__(layers=[_Layer(room, window) for window in windows])
-        self.keep, self.apart = True, False
+        super().__init__(layers=[_Layer(room, window, texts) for window in windows])
+        self.keep, self.apart, self.rows = True, False, slice(None)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> KeyValues:
-        return self.layers[layer_idx].update(key_states, value_states, keep=self.keep, apart=self.apart)
+        return self.layers[layer_idx].update(key_states, value_states, keep=self.keep, apart=self.apart, rows=self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def past_of(self, layer_idx: int) -> KeyValues | None:
         """The keys and values that stood there before the pass that is under way, if `update` left them out."""
@@ -93,42 +101,45 @@ class TextCache(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of it: `keys` and `values` are [rows, heads, room, head_dim], of which `filled` tokens count.
+    """One layer of it: `keys` and `values` are [texts, heads, room, head_dim], of which `filled` tokens count.
 
     A sliding window is cut out when it is read: what it once left is needed again after a `crop`.
     """
 
-    def __init__(self, room: int, sliding_window: int | None) -> None:
+    def __init__(self, room: int, sliding_window: int | None, texts: int | None) -> None:
         super().__init__()
-        self.room, self.sliding_window, self.filled = room, sliding_window, 0
+        self.room, self.sliding_window, self.texts, self.filled = room, sliding_window, texts, 0
         self.is_sliding = sliding_window is not None
         self.past: KeyValues | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in (key_states, value_states))
+        self.keys, self.values = (t.new_empty(self.texts or len(t), t.shape[1], self.room, t.shape[3]) for t in (key_states, value_states))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, keep: bool = True, apart: bool = False, **kwargs: Any) -> KeyValues:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, keep: bool = True, apart: bool = False, rows: slice = _ALL, **kwargs: Any
+    ) -> KeyValues:
         """What the queries of this pass see, [rows, heads, tokens, head_dim], less `past` where that is apart."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        keys, values = self.keys[rows], self.values[rows]
         start, stop = self.filled, self.filled + key_states.shape[2]
         first = self._first()
         self.past = None
         if keep:
-            self.keys[:, :, start:stop], self.values[:, :, start:stop] = key_states, value_states
+            keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
             self.filled = stop
         if apart and start and not self.is_sliding:
-            self.past = self.keys[:, :, :start], self.values[:, :, :start]
+            self.past = keys[:, :, :start], values[:, :, :start]
             return key_states, value_states
         if keep:
-            return self.keys[:, :, first:stop], self.values[:, :, first:stop]
-        rows = (key_states.shape[0], -1, -1, -1)
+            return keys[:, :, first:stop], values[:, :, first:stop]
+        size = (key_states.shape[0], -1, -1, -1)
         return (
-            torch.cat([self.keys[:, :, first:start].expand(rows), key_states], 2),
-            torch.cat([self.values[:, :, first:start].expand(rows), value_states], 2),
+            torch.cat([keys[:, :, first:start].expand(size), key_states], 2),
+            torch.cat([values[:, :, first:start].expand(size), value_states], 2),
         )
 
     def _first(self) -> int:
