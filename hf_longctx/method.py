@@ -113,6 +113,14 @@ class StateSource(Protocol):
             rng: the only source of randomness.
         """
 
+    def from_zeros(self, first: bool, ended: Sequence[bool]) -> bool:
+        """Whether all rows of the next window start from zeros, as far as is known without asking the device; `start` is not called then.
+
+        Args:
+            first: no window came before.
+            ended: as for `start`.
+        """
+
     def observe(self, final: Any) -> None:
         """Called after each window with what it left."""
 

@@ -48,19 +48,22 @@ class Passing:
         Raises ValueError if the rows do not continue those of the last such micro-batch.
         """
         inputs = {key: value for key, value in batch.items() if key not in ("fresh", "example")}
-        fresh = torch.tensor(batch["fresh"])
         if "example" in batch:
             self._check_order(batch["example"])
         place = self.count % len(self.left)
-        before = self.left[place]
-        rng = np.random.default_rng([self.seed, self.count, self.process, 0, 0, 1])  # zeros: apart from what draws the data
-        start = self.source.start(state.zeros(self.model, len(fresh)) if before is None else before, fresh, rng)
-        cache = state.StatePassingCache(self.model.config, start)
+        cache = state.StatePassingCache(self.model.config, self._start(self.left[place], batch["fresh"]))
         yield inputs | {self.argument: cache}
         final = cache.states()
         self.source.observe(final)
         self.left[place] = final
         self.count += 1
+
+    def _start(self, before: state.States | None, fresh: Sequence[bool]) -> state.States | None:
+        """What the source says; None where that is zeros in all rows, since a scan that is given no state is faster."""
+        if self.source.from_zeros(before is None, fresh):
+            return None
+        rng = np.random.default_rng([self.seed, self.count, self.process, 0, 0, 1])  # zeros: apart from what draws the data
+        return self.source.start(state.zeros(self.model, len(fresh)) if before is None else before, torch.tensor(fresh), rng)
 
     def _check_order(self, examples: Sequence[int]) -> None:
         first = (self.count * self.processes + self.process) * len(examples)

@@ -2,9 +2,13 @@
 
 import functools
 import gc
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -141,6 +145,49 @@ def figures(monkeypatch):
     yield kept
     monkeypatch.undo()
     plt.close("all")
+
+
+def _rank(function: Callable[[], object], log: Path, environment: dict[str, str]) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    with log.open("w", buffering=1) as file:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            os.dup2(file.fileno(), number)
+        sys.stdout = sys.stderr = file
+        os.environ.update(environment)
+        AcceleratorState._reset_state(reset_partial_state=True)  # it knows a process alone
+        GradientState._reset_state()
+        try:
+            function()
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+def forked(function: Callable[[], object], folder: Path, ranks: int = 2) -> list[str]:
+    """What each of `ranks` processes prints while `function()` runs in it, with the environment that torchrun gives.
+
+    Forks of this process, which has already imported what takes a fresh one most of its time. All have to end well.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_rank, args=(function, log, shared | each)) for log, each in zip(logs, own)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    finally:
+        for process in processes:
+            process.kill()
+    return [log.read_text() for log in logs]
 
 
 def refused_in_a_line(call, message: str) -> None:

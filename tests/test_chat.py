@@ -120,7 +120,6 @@ def source(path, **kwargs):
     return DataSource(str(path), column="messages", **kwargs)
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_conversations_are_read_and_cached_with_their_labels(suffix, tmp_path, cache, monkeypatch):
     tokenizer = tokenizer_with(MARKED)
@@ -194,7 +193,6 @@ def check_labels(row, trained):
     assert np.array_equal(row["labels"], wanted)
 
 
-@pytest.mark.floor
 def test_labels_go_with_their_tokens_through_windows_and_packing():
     marks = [flags(n, *answers) for n, answers in ((100, [(30, 40), (90, 100)]), (7, [(3, 6)]), (5, [(0, 5)]), (9, []), (6, [(0, 1)]))]
     starts = np.cumsum([0, *map(len, marks)])
@@ -261,7 +259,6 @@ def test_a_recipe_trains_on_answers_alone(chat_recipe, tmp_path):
     assert training.finetune(chat_recipe, tmp_path / "out")
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("loss", ["blocks", "model"])
 def test_a_batch_without_an_answer_has_no_loss_and_not_nan(chat_recipe, loss, tmp_path):
     """Plain positions: no draw can bring the answer into an early window."""

@@ -69,7 +69,6 @@ def in_process_of_its_own(code: str, **environment: str) -> str:
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "matplotlib")
 
 
-@pytest.mark.floor
 def test_help_version_and_methods_import_nothing_heavy():
     code = f"""
 import sys

@@ -49,7 +49,6 @@ def same(a, b) -> bool:
 # --- determinism
 
 
-@pytest.mark.floor
 def test_example_i_does_not_depend_on_the_total_or_on_what_was_read_before():
     short, long = mixture(50), mixture(3000)
     assert all(same(short[i], long[i]) for i in range(50))
@@ -82,7 +81,6 @@ def test_a_new_process_gives_the_same_example():
     assert done.stdout.strip() == str(mixture(1500)[1234]["input_ids"].tolist())
 
 
-@pytest.mark.floor
 def test_every_window_comes_once_before_any_comes_again():
     rows = Windows(numbered([100, 50, 40]), WINDOW, method("plain"), [0], short="drop")
     firsts = {0, 16, 32, 48, 64, 80, 100, 116, 132, 150, 166}  # every full window of the three documents

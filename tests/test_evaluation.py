@@ -193,7 +193,6 @@ def calls(monkeypatch) -> list[int]:
     return made
 
 
-@pytest.mark.floor
 def test_rows_name_what_made_them(base, long_tokens, tmp_path):
     seen = []
     rows = evaluate(base, [PPL, PASSKEY], ["400", 380], out=tmp_path, data=long_tokens, seed=3, progress=lambda *now: seen.append(now))
@@ -483,7 +482,6 @@ def test_token_ids_of_another_vocabulary_are_refused(base, tmp_path):
 # --- what fails
 
 
-@pytest.mark.floor
 def test_what_fails_is_a_row_and_the_others_go_on(base, tokens, tmp_path, caplog):
     rows = evaluate(base, ["state_norm", TAIL | {"tokens": 20}], [32, 64], out=tmp_path, data=tokens)
     assert [(r["length"], r["metric"]) for r in rows] == [(32, "failed"), (64, "failed"), (32, "perplexity"), (64, "perplexity"), (64, "change_from_32")]
@@ -494,7 +492,6 @@ def test_what_fails_is_a_row_and_the_others_go_on(base, tokens, tmp_path, caplog
     assert failed["error"] in caplog.text
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
@@ -609,7 +606,6 @@ def stubbed(monkeypatch, base):
     return install
 
 
-@pytest.mark.floor
 def test_tail_perplexity_is_compared_with_every_shorter_length(base, tokens, tmp_path, stubbed):
     stubbed(lambda is_base, i, cell: 3.0 - {32: 0.0, 64: 0.1, 128: 0.3}[len(cell.ids)] + 0.01 * (cell.cluster % 3) * (len(cell.ids) == 128))
     rows = evaluate(base, TAIL, [32, 64, 128], out=tmp_path, data=tokens)
@@ -624,7 +620,6 @@ def test_tail_perplexity_is_compared_with_every_shorter_length(base, tokens, tmp
     assert (last["n"], last["task"], last["seconds"], last["tokens"], last["depth"]) == (rows[2]["n"], "tail_perplexity:spans=4", None, None, None)
 
 
-@pytest.mark.floor
 def test_everything_is_compared_with_the_baseline(base, other, long_tokens, tmp_path, stubbed):
     stubbed(lambda is_base, i, cell: math.nan if cell.depth is None else (0 if is_base and i != 3 else i % 2))
     rows = evaluate(base, [PPL, PASSKEY], [400], out=tmp_path, data=long_tokens, baseline=other)

@@ -108,7 +108,6 @@ def page(evaluation, tmp_path):
 # --- what it says
 
 
-@pytest.mark.floor
 def test_every_number_is_there(page):
     cells, marks = " ".join(page.texts("td")), " ".join(page.texts("title"))
     for number in ("0.87 [0.77, 0.97]", "0.31 [0.21, 0.41]", "12.34 [11.74, 13.04]", "9.87 [9.27, 10.57]", "12.84 [12.24, 13.54]", "10.37 [9.77, 11.07]"):
@@ -177,7 +176,6 @@ def by_position(metric, task, values, length=1024, model="ours", **more):
     return [row(metric, v, None, None, depth=d, length=length, model=model, task=task, **more) for d, v in values]
 
 
-@pytest.mark.floor
 def test_what_is_measured_at_places_of_the_text_is_drawn_over_them(evaluation, tmp_path):
     places = [(1 / 4, 2.0), (1 / 2, 4.0), (1, 8.0)]
     rows = [each for model in ("ours", "theirs") for n in (512, 1024) for each in by_position("nll", "position_nll", places, n, model)]

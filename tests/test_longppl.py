@@ -24,7 +24,6 @@ def text(tokens=50, seed=0):
 # --- cells
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("kind", ["bytes", "bos"])
 @pytest.mark.parametrize("length", [23, 24, 25, 40])
 def test_every_token_beyond_the_short_context_is_scored_behind_a_long_and_a_short_one(kind, length):
@@ -63,7 +62,6 @@ def outputs_of(long, short, stride=4):
     return said + [Scored(np.array(short[i : i + stride], np.float32), np.zeros(stride, int)) for i in range(0, len(short), stride)]
 
 
-@pytest.mark.floor
 def test_key_tokens_gain_from_the_long_context_and_are_likely_with_it():
     task = load_task(SMALL)
     cells = task.cells(BYTES, [text(14)], 14, 0)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_longctx.cli.main import main
@@ -23,8 +24,15 @@ NEEDED = {
 DRAWN = {"bias", "attention", "embedding", "rope", "positions"}
 
 
-def drawn(tmp_path, name, length=2048, heads=4, **fields):
-    return plot_method(method(name, **NEEDED.get(name, {}), **fields), tmp_path / "picture.png", heads=heads, length=length)
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """`drawn("alibi", heads=4)`: the numbers of a picture, which is not rendered."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: None)
+
+    def draw(name, length=2048, heads=4, **fields):
+        return plot_method(method(name, **NEEDED.get(name, {}), **fields), tmp_path / "picture.png", heads=heads, length=length)
+
+    return draw
 
 
 @pytest.fixture
@@ -65,22 +73,22 @@ def test_the_receptive_field_counts_distance_zero_and_knows_no_overflow():
     assert receptive_field(np.array([0.0, 5000.0])) == 1
 
 
-def test_alibi_by_head(tmp_path):
+def test_alibi_by_head(drawn):
     slopes = [2 ** (-8 * h / 32) for h in range(1, 33)]
-    found = drawn(tmp_path, "alibi", length=16384, heads=32)
+    found = drawn("alibi", length=16384, heads=32)
     assert found["receptive_field"] == [geometric(m, 16384) for m in slopes]
     assert found["converges"]
     assert (found["slot"], found["length"], found["shape"]["heads"]) == ("bias", 16384, 32)
 
 
-def test_mass_past_the_range_is_said_to_be_beyond(tmp_path):
+def test_mass_past_the_range_is_said_to_be_beyond(drawn):
     slopes = (1.0, 2**-8, 1e-4, 0.0)  # the last two reach past 4,096 tokens
-    found = drawn(tmp_path, "alibi", length=4096, slopes=slopes)
+    found = drawn("alibi", length=4096, slopes=slopes)
     assert found["receptive_field"] == [4, geometric(2**-8, 4096), None, None]
     assert not found["converges"]
-    assert drawn(tmp_path, "t5")["receptive_field"] == [None] * 4
+    assert drawn("t5")["receptive_field"] == [None] * 4
     # The bias of sandwich is bounded, but the far field of its steepest head is e^-100: in practice the mass is near.
-    assert drawn(tmp_path, "sandwich")["receptive_field"][0] is not None
+    assert drawn("sandwich")["receptive_field"][0] is not None
 
 
 def test_a_bias_that_knows_the_query_is_drawn_at_the_last_one():
@@ -94,36 +102,36 @@ def test_a_bias_that_knows_the_query_is_drawn_at_the_last_one():
 # The other slots
 
 
-def test_the_factor_on_logits(tmp_path):
-    assert drawn(tmp_path, "log_n", length=131072)["factor"]["131072"] == pytest.approx([17 / 12])
-    assert drawn(tmp_path, "log_n")["factor"]["1024"] == [1.0]
-    assert drawn(tmp_path, "ssmax")["factor"]["64"] == pytest.approx([6 / 12])
+def test_the_factor_on_logits(drawn):
+    assert drawn("log_n", length=131072)["factor"]["131072"] == pytest.approx([17 / 12])
+    assert drawn("log_n")["factor"]["1024"] == [1.0]
+    assert drawn("ssmax")["factor"]["64"] == pytest.approx([6 / 12])
     # Random normal keys are about sqrt(head_dim) long, so that their sum leaves 1/n.
-    assert drawn(tmp_path, "key_norm")["factor"]["2048"] == pytest.approx([1 / 2048], rel=0.01)
-    assert drawn(tmp_path, "key_norm", by="mean")["factor"]["2048"] == pytest.approx([1], rel=0.01)
+    assert drawn("key_norm")["factor"]["2048"] == pytest.approx([1 / 2048], rel=0.01)
+    assert drawn("key_norm", by="mean")["factor"]["2048"] == pytest.approx([1], rel=0.01)
 
 
-def test_the_similarity_of_sinusoidal_positions(tmp_path):
-    found = drawn(tmp_path, "sinusoidal")
+def test_the_similarity_of_sinusoidal_positions(drawn):
+    found = drawn("sinusoidal")
     rates = 10000.0 ** (-2 * np.arange(HIDDEN // 2) / HIDDEN)
     for d in (0, 1, 8, 1024):
         assert found["similarity"][str(d)] == pytest.approx(np.cos(d * rates).sum() / HIDDEN, abs=1e-5)
 
 
-def test_the_frequencies_of_each_regime(tmp_path):
-    assert drawn(tmp_path, "linear")["relative_frequency"] == {str(4 * WINDOW): pytest.approx([0.25] * 64)}
-    assert drawn(tmp_path, "longrope")["relative_frequency"] == {str(WINDOW): pytest.approx([1.0] * 64), str(4 * WINDOW): pytest.approx([0.25] * 64)}
-    found = drawn(tmp_path, "yarn")
+def test_the_frequencies_of_each_regime(drawn):
+    assert drawn("linear")["relative_frequency"] == {str(4 * WINDOW): pytest.approx([0.25] * 64)}
+    assert drawn("longrope")["relative_frequency"] == {str(WINDOW): pytest.approx([1.0] * 64), str(4 * WINDOW): pytest.approx([0.25] * 64)}
+    found = drawn("yarn")
     assert found["attention_factor"] == {str(4 * WINDOW): pytest.approx(0.1 * math.log(4) + 1)}
     assert found["relative_frequency"][str(4 * WINDOW)][:1] == [1.0]
     assert found["relative_frequency"][str(4 * WINDOW)][-1] == pytest.approx(0.25)
 
 
-def test_coverage_is_that_of_a_dry_run(tmp_path):
-    found = drawn(tmp_path, "pose", length=8192)
+def test_coverage_is_that_of_a_dry_run(drawn):
+    found = drawn("pose", length=8192)
     expected = coverage(method("pose", target=8192), WINDOW, 8192)
     assert found["bins"] == expected["bins"]
-    assert drawn(tmp_path, "pose", target="16k")["length"] == 16384
+    assert drawn("pose", target="16k")["length"] == 16384
 
 
 # Pictures
@@ -146,17 +154,17 @@ def test_every_method_has_a_picture(name, tmp_path):
         assert len(picture.convert("RGB").getcolors(2**20)) > 50  # not blank
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path):
+def test_drawing_leaves_pyplot_alone(drawn):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    drawn(tmp_path, "alibi")
+    drawn("alibi")
     assert plt.get_fignums() == before
 
 
 def test_one_head_and_other_shapes(tmp_path):
-    assert len(drawn(tmp_path, "alibi", heads=1)["receptive_field"]) == 1
-    assert len(drawn(tmp_path, "kerple", heads=7, length=2)["receptive_field"]) == 7
+    for name, shape in (("alibi", {"heads": 1, "length": 2048}), ("kerple", {"heads": 7, "length": 2})):
+        assert len(plot_method(method(name), tmp_path / "picture.png", **shape)["receptive_field"]) == shape["heads"]
 
 
 # The command

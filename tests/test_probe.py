@@ -2,23 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hf_longctx import evaluation, planning, probe, task, training
 from hf_longctx.evals.passkey import Passkey
 from hf_longctx.lora import base_model
-from tests.conftest import byte_tokenizer, tiny_model
+from tests.conftest import byte_tokenizer, forked, tiny_model
 from tests.test_training import assert_equal_weights, trainer_for
 
-ROOT = Path(__file__).parents[1]
 LENGTH = 450  # a passkey prompt takes some 420 of these one-byte tokens
 SPEC = {"tasks": [{"name": "passkey", "n": 1, "depths": 2}, {"name": "perplexity", "documents": 1}], "lengths": [LENGTH], "every": 2}
 NAMES = {f"probe/passkey_{LENGTH}", f"probe/perplexity_{LENGTH}", "probe/seconds"}
@@ -32,7 +27,6 @@ def result(value, metric="accuracy"):
     return [task.Result(metric, value, 2, 0.0, 1.0)]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     "change",
     [
@@ -154,24 +148,17 @@ def test_too_little_memory_costs_the_probe_and_not_the_run(recipe, tmp_path, mon
     assert [set(entry) for entry in history(out) if "probe/seconds" in entry] == [{"probe/seconds", "step", "epoch"}] * 3
 
 
-DISTRIBUTED = """
-import os, sys
-from hf_longctx import probe, training
-
-if os.environ["RANK"] == "1":
-    probe.Probe._measure = None  # only the first process probes
-probe.Probe._reached = lambda self, results: True
-training.finetune(sys.argv[1], sys.argv[2])
-"""
-
-
-def test_of_two_processes_one_probes_and_both_stop(recipe, tmp_path):
+def test_of_two_processes_one_probes_and_both_stop(recipe, tmp_path, monkeypatch):
     recipe["train"] |= {"use_cpu": True, "save_steps": 1, "save_total_limit": 5}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"probe": SPEC | {"tasks": ["perplexity"], "lengths": [64], "stop_at": 1}}))
-    (tmp_path / "run.py").write_text(DISTRIBUTED)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *(str(tmp_path / n) for n in ("run.py", "r.yaml", "out"))]
-    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
+    recipe["probe"] = SPEC | {"tasks": ["perplexity"], "lengths": [64], "stop_at": 1}
+    monkeypatch.setattr(probe.Probe, "_reached", lambda self, results: True)
+
+    def train():
+        if os.environ["RANK"] == "1":
+            monkeypatch.setattr(probe.Probe, "_measure", None)  # only the first process probes
+        training.finetune(recipe, tmp_path / "out")
+
+    forked(train, tmp_path)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
@@ -202,7 +189,6 @@ def test_a_tracker_gets_our_numbers(recipe, tmp_path, monkeypatch):
     assert sum("coverage/never" in logs for _, logs in Tracker.seen) == 1
 
 
-@pytest.mark.floor
 def test_no_tracker_is_on_by_default(recipe, tmp_path):
     assert training._arguments(planning.as_recipe(recipe), tmp_path).report_to == []
     training.finetune(recipe, tmp_path / "out")

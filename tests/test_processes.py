@@ -24,7 +24,6 @@ def cost(cells) -> float:
     return sum(len(cell.ids) * (len(cell.ids) + 8192) for cell in cells)
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("lengths", [[64] * 7, [64], [4096, *[512] * 8] * 3, [1, 100000, 1]])
 def test_shares_are_runs_of_neighbours_of_about_equal_cost(count, lengths):

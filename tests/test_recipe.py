@@ -33,7 +33,6 @@ def file(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.floor
 def test_yaml_is_version_1_2(file):
     recipe = read_recipe(file)
     assert recipe.train["learning_rate"] == 2e-5  # YAML 1.1 reads it as a string
@@ -49,7 +48,6 @@ def test_sizes_are_binary_in_lower_case_and_decimal_in_upper_case(file):
     assert recipe.eval.lengths == (8192, 32768)
 
 
-@pytest.mark.floor
 def test_round_trips(file, tmp_path):
     recipe = read_recipe(file)
     assert parse_recipe(recipe.to_dict()) == recipe

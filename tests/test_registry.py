@@ -161,7 +161,6 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.floor
 def test_naming_methods_costs_no_torch():
     """Help, completion and every error about a method must come at once."""
     heavy = "; import sys; print([m for m in ('torch', 'transformers', 'numpy', 'peft', 'datasets') if m in sys.modules])"

@@ -12,7 +12,6 @@ def row(metric="accuracy", value=0.5, low=0.25, high=0.75, model="m", task="pass
     return {"model": model, "task": task, "length": length, "depth": depth, "metric": metric, "value": value, "ci_low": low, "ci_high": high}
 
 
-@pytest.mark.floor
 def test_a_line_for_each_metric_and_a_column_for_each_length():
     rows = [row(), row(length=8192, value=1.0, low=0.72, high=1.0), row(depth=0.5, value=0.1), row(model="n", length=8192)]
     assert table(rows) == [
@@ -66,7 +65,6 @@ def effective(rows, **options):
     return effective_lengths(rows, **options)["m", "passkey", "accuracy"]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     ("rows", "wanted", "shown"),
     [
@@ -166,7 +164,6 @@ def test_labels_fit(model, shown):
     assert reporting._wrapped(model, 1.1) == shown
 
 
-@pytest.mark.floor
 def test_coverage_is_drawn(tmp_path):
     path = tmp_path / "coverage.png"
     plot_coverage({"probability": np.linspace(1, 0, 512)}, 64, path, "pose, 64 -> 512")

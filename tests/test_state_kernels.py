@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longctx.integration import state
 from hf_longctx.integration.state import CACHE_ARGUMENT, StatePassingCache, prepare
+from hf_longctx.kernels.carried_state import LAUNCHES
+from tests.test_carried_state import SHAPES, compare, inputs
 
 KERNELS = torch.cuda.is_available() and all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
 pytestmark = pytest.mark.skipif(not KERNELS, reason="needs a GPU, mamba-ssm and causal-conv1d")
@@ -20,7 +22,7 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 50, "bos_token
 FAMILIES = {
     "mamba": {"state_size": 16},
     "falcon_mamba": {"state_size": 16},
-    "mamba2": {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 32},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 32},  # causal-conv1d: strides are multiples of 8
 }
 TOKENS, CUT, TOLERANCE = 96, 40, 3e-3  # the kernels multiply in TF32
 
@@ -83,6 +85,34 @@ def test_kernels_give_the_numbers_of_torch(family, numbers):
     torch.testing.assert_close(want["pieces"], want["whole"], atol=1e-4, rtol=1e-4)
     for name, tensor in want.items():
         assert (got[name] - tensor).abs().max() <= TOLERANCE * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize(("dtype", "forward", "backward"), [(torch.float32, 2e-5, 1e-4), (torch.bfloat16, 2e-2, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 100, 777, 16), (8, 128, 2048, 16)], ids=str)
+def test_the_completion_of_the_scan_is_that_of_float64(shape, dtype, forward, backward, launch):
+    compare(inputs(*shape, dtype), forward, backward, launch=launch)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 40, 7])
+def test_the_scan_from_a_state_is_the_scan_in_torch(tokens):
+    """mamba-ssm's kernel and ours through `scan_from`: outputs, last state, and the gradients of all that goes in, the last state's included."""
+    from transformers.models.mamba import modeling_mamba
+
+    prepare(build("mamba", "cpu"))
+    stock = getattr(modeling_mamba, state._SCAN).stock
+    given = inputs(2, 24, tokens, 16)
+    u, dt, a, c, start, z, bias = given.values()
+    b = torch.randn(c.shape, generator=torch.Generator().manual_seed(5)).cuda().requires_grad_()
+    leaves, found = [u, dt, a, b, c, start, z, bias], []
+    for initial in (start, None):
+        for kernel in (stock, None):
+            outputs = state.scan_from(initial, kernel, u, dt, a, b, c, z=z, delta_bias=bias, delta_softplus=True, return_last_state=True)
+            weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(7)).cuda() for t in outputs]
+            found.append([*outputs, *torch.autograd.grad(outputs, leaves, weights, allow_unused=True)])
+    for got, want in (found[:2], found[2:]):
+        for x, y in zip(got, want, strict=True):
+            assert (x is None and y is None) or (x - y).abs().max() <= 1e-4 * y.abs().max()
 
 
 def test_the_scan_of_mamba_is_the_kernel():

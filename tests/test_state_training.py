@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ from hf_longctx.integration import state
 from hf_longctx.integration.state import CACHE_ARGUMENT, StatePassingCache
 from hf_longctx.lanes import Lanes, StateWindows
 from hf_longctx.method import method
-from tests.conftest import byte_tokenizer, refused_in_a_line, tiny_model
+from tests.conftest import byte_tokenizer, forked, refused_in_a_line, tiny_model
 from tests.test_cli import longctx  # noqa: F401
 from tests.test_state import EVERY, FAMILIES, VOCABULARY, stock
-from tests.test_training import ROOT, adapted, assert_equal_weights, at_step, trainer_for, weights  # noqa: F401
+from tests.test_training import adapted, assert_equal_weights, at_step, trainer_for, weights  # noqa: F401
 
 WINDOW = 8
 LENGTHS = (40, 7, 81, 64, 8, 30, 95, 16)  # of the documents; their full windows: 5, 0, 10, 8, 1, 3, 11, 2
@@ -315,37 +314,25 @@ def test_a_checkpoint_without_states_is_passed_over(recipe_for, tmp_path, at_ste
     assert_equal_weights(whole, training.finetune(recipe, out, resume=True))
 
 
-TWO = """
-import os, signal, sys
-from hf_longctx import training
-
-def interrupt(self, args, state, control, **kwargs):
-    if os.environ["RANK"] == "1" and state.global_step == 3 and not os.path.exists(sys.argv[2] + "/checkpoint-3"):
-        signal.raise_signal(signal.SIGINT)
-
-if "interrupt" in sys.argv:
-    training.Progress.on_step_end = interrupt
-    try:
-        training.finetune(sys.argv[1], sys.argv[2])
-    except training.Interrupted:
-        training.finetune(sys.argv[1], sys.argv[2], resume=True)
-else:
-    training.finetune(sys.argv[1], sys.argv[2])
-"""
-
-
-def test_two_processes_train_the_lanes_of_one_with_twice_the_batch(recipe_for, tmp_path):
+def test_two_processes_train_the_lanes_of_one_with_twice_the_batch(recipe_for, tmp_path, monkeypatch):
     """Lane by lane the same text, in the same micro-step, also after an interrupt; and one process cannot go on with the states of two."""
     alone = training.finetune(recipe_for("mamba", "carry", train={"save_strategy": "no"}), tmp_path / "one")
     recipe = recipe_for("mamba", "carry", train={"per_device_train_batch_size": 1, "save_steps": 100, "use_cpu": True})
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "run.py").write_text(TWO)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupted():
+        monkeypatch.setattr(training.Progress, "on_step_end", interrupt)
+        with pytest.raises(training.Interrupted):
+            training.finetune(recipe, tmp_path / "two")
+
     # Before 5.23 Transformers looks for the optimizer on a device "cpu:0" when several CPU processes resume; on GPUs it is right.
-    mode = "interrupt" if Version(transformers.__version__) >= Version("5.23") else "whole"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*torchrun, *(str(tmp_path / n) for n in ("run.py", "r.yaml", "two")), mode], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    able = Version(transformers.__version__) >= Version("5.23")
+    if able:
+        forked(interrupted, tmp_path)
+    forked(lambda: training.finetune(recipe, tmp_path / "two", resume=able), tmp_path)
     one, two = weights(alone), weights(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     refused_in_a_line(

@@ -8,7 +8,6 @@ import pytest
 from hf_longctx.stats import bootstrap, paired_shares, wilson
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
     [
@@ -81,7 +80,6 @@ def test_the_bootstrap_is_deterministic():
     assert bootstrap(mean_of(values), range(30)) != bootstrap(mean_of(values), range(30), seed=1)
 
 
-@pytest.mark.floor
 def test_whole_clusters_are_drawn():
     drawn = []
     clusters = ["a", "a", "b", "a", "c", "c"]
@@ -103,7 +101,6 @@ def test_copies_of_an_observation_do_not_narrow_the_interval():
     assert naive[1] - naive[0] < 0.5 * (alone[1] - alone[0])
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("clusters", [[7], [7, 7, 7]])
 def test_one_document_has_no_interval(clusters):
     assert all(map(math.isnan, bootstrap(lambda index: 1.0, clusters)))

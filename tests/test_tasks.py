@@ -56,7 +56,6 @@ def same(a: Cell, b: Cell) -> bool:
 # --- registry
 
 
-@pytest.mark.floor
 def test_every_task_survives_a_round_trip():
     assert set(task_names()) == {
         "cwe", "effective_remembrance", "fwe", "kv_retrieval", "lm_eval", "longchat_lines", "longppl", "needle", "niah_multikey_1", "niah_multikey_2",
@@ -72,7 +71,6 @@ def test_every_task_survives_a_round_trip():
             assert task.source
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -116,7 +114,6 @@ def retrieval(name, kind, length=640, n=3, depths=4, seed=0):
     return tokenizer, load_task({"name": name, "n": n, "depths": depths}).cells(tokenizer, [prose(900), prose(2000, 1)], length, seed)
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", RETRIEVAL)
 def test_every_cell_has_the_exact_length_and_hides_its_answer(name, kind):
@@ -203,7 +200,6 @@ def judged(text: str, said: str, tokenizer=BYTES) -> bool:
     return exact_match(cell, Scored(np.zeros(size + 1), np.resize(best, size + 1)), tokenizer)
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     ("said", "right"),
     [("12345.", True), ("12345 ", True), ("12345</", True), ("12346.", False), ("02345.", False), ("123456", False), ("12345\n", True), ("1234 5", False)],
@@ -254,7 +250,6 @@ def numbered(*sizes) -> list[np.ndarray]:
     return [np.arange(size) + 1000 * i for i, size in enumerate(sizes)]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("kind", ["bytes", "bos"])
 @pytest.mark.parametrize(("length", "stride"), [(16, 4), (16, 15), (16, 16), (16, 100), (16, 1), (99, 7), (100, 7), (101, 7), (102, 7), (500, 7), (2, 1), (2, 9), (3, 2)])
 def test_every_token_is_scored_once(kind, length, stride):
@@ -315,7 +310,6 @@ def spans(cells) -> list[tuple[int, ...]]:
     return [tuple(cell.targets.tolist()) for cell in cells]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("kind", ["bytes", "bos"])
 def test_the_same_tokens_are_scored_at_every_length(kind):
     lengths, tokenizer = [20, 50, 128], TOKENIZERS[kind]()

@@ -10,9 +10,10 @@ What stock Transformers does otherwise, found on 5.17 and 5.23: Mamba-1 and Falc
 start the SSM from zero whenever a call has more than one token; DynamicCache is written in place, so gradient checkpointing,
 which runs a layer twice, gives Mamba-2 wrong gradients without a word; hybrids lose the cache under checkpointing altogether.
 
-Mamba-1's scan kernel takes no initial state. Its recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t is linear
-in h, so the scan from zero is completed by y_t += C_t exp(A cumsum(dt)_t) h_0 and h_T += exp(A sum dt) h_0, before the gate.
-Where there is no kernel the scan is our own, in torch: blocks of time, and within a block a parallel prefix scan.
+Mamba-1's scan kernel takes no initial state, and drops the gradient of the last one. Its recurrence h_t = exp(dt_t A) h_{t-1} +
+dt_t B_t x_t, y_t = C_t h_t is linear in h, so the scan from zero is completed by y_t += C_t exp(A cumsum(dt)_t) h_0 and h_T +=
+exp(A sum dt) h_0, before the gate: in Triton (`kernels.carried_state`) where there is Triton, in torch elsewhere. Where there is
+no kernel the scan is our own, in torch: blocks of time, and within a block a parallel prefix scan.
 
 No code of Transformers is copied. `prepare` hangs hooks on the mixers, which say from which state the scan of this layer
 starts, and puts a function that asks them in the place of the module-level name `mamba_selective_scan`; models that were not
@@ -34,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_longctx.integration import steps
 from hf_longctx.integration.configs import family
+from hf_longctx.kernels import carried_state
 
 State = tuple[Tensor, Tensor]  # of a layer: convolution [batch, channels, kernel], SSM [batch, channels or heads, ...]
 States = list[State]  # by layer, layers without a state left out
@@ -388,26 +390,45 @@ def scan_from(
     With a `kernel`, a scan of the same signature, that does the work and the part of `start` is added; without, `scan` does.
     u, dt, z [batch, channels, tokens]; a [channels, state]; b, c [batch, state, tokens]; D, delta_bias [channels].
     """
-    if kernel is not None:
-        u = u.contiguous()  # beside a cache it is the end of longer rows, and the kernel reads 16 bytes at a time from where a row begins
-        if start is None:
-            return kernel(u, dt, a, b, c, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state, **options)
     wide = _wide(u.dtype)
+    start = None if start is None else start.to(wide)
     with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # it knows no meta device
-        delta = dt.to(wide) if delta_bias is None else dt.to(wide) + delta_bias.to(wide)[:, None]
-        delta = nn.functional.softplus(delta) if delta_softplus else delta
-        a_wide, b_wide, c_wide = a.to(wide), b.to(wide), c.to(wide)
-        if kernel is None:
-            zero = u.new_zeros(u.shape[0], *a.shape, dtype=wide)
-            y, last = scan(u.to(wide), delta, a_wide, b_wide, c_wide, zero if start is None else start.to(wide))
-            y = y if D is None else y + u * D[:, None]
+        if kernel is not None:
+            u = u.contiguous()  # beside a cache it is the end of longer rows, and the kernel reads 16 bytes at a time from where a row begins
+            gate = z if start is None else None
+            y, last = kernel(u, dt, a, b, c, D=D, z=gate, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=True, **options)
+            last = _KernelState.apply(last.detach(), u, dt, a, b, delta_bias, delta_softplus)  # type: ignore[no-untyped-call]
+            if start is not None:
+                y, decayed = _completed(y, dt, a, c, start, z, delta_bias, delta_softplus)
+                last = last + decayed
         else:
-            assert start is not None
-            y, last = kernel(u, dt, a, b, c, D=D, z=None, delta_bias=delta_bias, delta_softplus=delta_softplus, return_last_state=True, **options)
-            more, decayed = carried(delta, a_wide, c_wide, start.to(wide))
-            y, last = y + more, last + decayed
-        y = y if z is None else y * nn.functional.silu(z.to(y.dtype))
+            zero = u.new_zeros(u.shape[0], *a.shape, dtype=wide)
+            delta = _delta(dt, delta_bias, delta_softplus)
+            y, last = scan(u.to(wide), delta, a.to(wide), b.to(wide), c.to(wide), zero if start is None else start)
+            y = _gated(y if D is None else y + u * D[:, None], z)
     return (y, last) if return_last_state else y
+
+
+def _completed(
+    y: Tensor, dt: Tensor, a: Tensor, c: Tensor, start: Tensor, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs of a scan from zero with the part of `start`, then gated; and what is left of `start` after the last token."""
+    if carried_state.serves(y, dt, a, c, z):
+        y, elapsed = carried_state.add_carried(y, dt, a, c, start, z, delta_bias, delta_softplus)
+        return y, torch.exp(a.to(start.dtype) * elapsed[..., None]) * start
+    more, decayed = carried(_delta(dt, delta_bias, delta_softplus), a.to(start.dtype), c.to(start.dtype), start)
+    return _gated(y + more, z), decayed
+
+
+def _delta(dt: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+    """Step sizes, in float32 at least."""
+    wide = _wide(dt.dtype)
+    delta = dt.to(wide) if delta_bias is None else dt.to(wide) + delta_bias.to(wide)[:, None]
+    return nn.functional.softplus(delta) if delta_softplus else delta
+
+
+def _gated(y: Tensor, z: Tensor | None) -> Tensor:
+    return y if z is None else y * nn.functional.silu(z.to(y.dtype))
 
 
 def scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -423,6 +444,33 @@ def carried(delta: Tensor, a: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor,
     """What the state `start` adds to a scan that started from zero: c_t exp(a cumsum(delta)_t) start, and exp(a sum delta) start."""
     elapsed = delta.cumsum(-1)
     return _Carried.apply(elapsed, a, c, start), torch.exp(a * elapsed[:, :, -1:]) * start  # type: ignore[no-untyped-call]
+
+
+class _KernelState(torch.autograd.Function):
+    """The last state of mamba-ssm's kernel, whose backward pass drops the gradient of it without a word.
+
+    It is sum_t exp(a (delta_{t+1} + .. + delta_T)) delta_t b_t u_t, so that its gradients are those of `_Carried`, back in time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, last: Tensor, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
+        ctx.save_for_backward(u, dt, a, b, delta_bias)
+        ctx.delta_softplus = delta_softplus
+        return last.view_as(last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        leaves: list[Any] = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:6], strict=True)]
+        u, dt, a, b, delta_bias = leaves
+        with torch.enable_grad(), torch.autocast(dlast.device.type, enabled=False):
+            delta = _delta(dt, delta_bias, ctx.delta_softplus)
+            remaining = delta.flip(-1).cumsum(-1).flip(-1) - delta
+            weights = _Carried.apply(remaining, a.to(delta.dtype), b.to(delta.dtype), dlast.to(delta.dtype))  # type: ignore[no-untyped-call]
+            value = (u * delta * weights).sum()
+            needed = [t for t in leaves if t is not None and t.requires_grad]
+            found = dict(zip(map(id, needed), torch.autograd.grad(value, needed), strict=True))
+        return None, *(found.get(id(t)) for t in leaves), None
 
 
 class _SelectiveScan(torch.autograd.Function):

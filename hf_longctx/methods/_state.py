@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from hf_longctx.method import require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from torch import Generator, Tensor
@@ -31,6 +31,9 @@ class Source:
             drawn = self.draw(final, ended, rng)
             fresh = torch.from_numpy(rng.random(rows) < self.probability)
             return clear(drawn, fresh)
+
+    def from_zeros(self, first: bool, ended: "Sequence[bool]") -> bool:
+        return first
 
     def draw(self, final: "States", ended: "Tensor", rng: "np.random.Generator") -> "States":
         """The states of the next window's rows, before fresh starts."""

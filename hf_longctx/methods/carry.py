@@ -12,6 +12,8 @@ from hf_longctx.method import Method, StateSource, require
 from hf_longctx.methods._state import Source, clear, require_probability
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -35,6 +37,9 @@ class Carry(Method):
 
 
 class Carried(Source):
+    def from_zeros(self, first: bool, ended: "Sequence[bool]") -> bool:
+        return first or all(ended)
+
     def draw(self, final: "States", ended: "Tensor", rng: "np.random.Generator") -> "States":
         rows = len(final[0][0])
         require(len(ended) == rows, f"carry: {len(ended)} rows cannot continue {rows}; every batch needs as many rows as the one before it")

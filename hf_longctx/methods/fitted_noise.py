@@ -13,7 +13,7 @@ from hf_longctx.method import Method, StateSource, require, require_positive
 from hf_longctx.methods._state import Source, generator, normal, require_probability
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from torch import Generator, Tensor
@@ -66,6 +66,9 @@ class Fitted(Source):
         share = new[0] / weight
         apart = new[1] - old[1]
         return torch.stack([weight, old[1] + share * apart, (1 - share) * old[2] + share * new[2] + share * (1 - share) * apart**2])
+
+    def from_zeros(self, first: bool, ended: "Sequence[bool]") -> bool:
+        return not self.statistics
 
     def draw(self, final: "States", ended: "Tensor", rng: "np.random.Generator") -> "States":
         source = generator(rng, final[0][1])

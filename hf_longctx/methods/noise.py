@@ -11,6 +11,8 @@ from hf_longctx.method import Method, StateSource, require_positive
 from hf_longctx.methods._state import Source, generator, normal, require_probability
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -39,6 +41,9 @@ class Gaussian(Source):
     def __init__(self, sigma: float, probability: float) -> None:
         super().__init__(probability)
         self.sigma = sigma
+
+    def from_zeros(self, first: bool, ended: "Sequence[bool]") -> bool:
+        return False
 
     def draw(self, final: "States", ended: "Tensor", rng: "np.random.Generator") -> "States":
         rows = len(ended)

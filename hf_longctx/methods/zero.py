@@ -10,6 +10,8 @@ from hf_longctx.method import Method, StateSource
 from hf_longctx.methods._state import Source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from torch import Tensor
 
@@ -27,6 +29,9 @@ class Zero(Method):
 
 
 class Zeros(Source):
+    def from_zeros(self, first: bool, ended: "Sequence[bool]") -> bool:
+        return True
+
     def draw(self, final: "States", ended: "Tensor", rng: "np.random.Generator") -> "States":
         rows = len(ended)
         return [(conv.new_zeros(rows, *conv.shape[1:]), ssm.new_zeros(rows, *ssm.shape[1:])) for conv, ssm in final]
