@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
 
 T = TypeVar("T")
-_reader: Callable[[type[Any]], TypeAdapter[Any]] = cache(TypeAdapter)  # making one reads the source of the class: ten milliseconds
+_reader: Callable[..., TypeAdapter[Any]] = cache(TypeAdapter)  # making one reads the source of the class: ten milliseconds
 STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # the string under a field is what editors show
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "K": 1000, "M": 1000**2, "B": 1000**3}
 
