@@ -29,7 +29,8 @@ class Cwe(Task):
     As in RULER: prompt; an example before it, of 40 words, 10 of them 10 times, the others 3 times; below 4,096 tokens 6 times
     and once, and an example of 20 words, 3 times and once; as many words as fit; 120 tokens to answer in; the share of the words
     that stand anywhere in them. Unlike it: words are those of the user's text that have 4 to 12 letters, all small (wonderwords,
-    and a list of English words where these are too few), and blank lines make the length exact."""
+    and a list of English words where these are too few), and blank lines make the length exact. (lm-evaluation-harness leaves the
+    example out, and the list has as many fewer words: SmolLM2 scores higher so.)"""
 
     source = "arXiv:2404.06654"
     n: PositiveInt = 100  # trials; they have no depth

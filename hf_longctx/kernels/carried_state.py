@@ -7,8 +7,8 @@ gated, out and its gradients would each be read and written once more.) The back
 kernel takes on, and those of what is above; y + .. is computed again and not kept.
 
 The cost is that of the exponentials, [batch, channels, state, tokens] of them. They stay in registers: a thread has a few tokens and
-all n of a group. They are skipped in tiles of time at whose beginning 2^x is 0 in float32 for a whole group of n: exact, since steps
-are positive. Within a tile, elapsed time is a prefix sum.
+all n of a group. They are skipped in tiles of time at whose beginning 2^x is below 2^-40, 1e-12 of what it began with, for a whole
+group of n: steps are positive, so it stays so. Within a tile, elapsed time is a prefix sum.
 
 A program of the forward walks through time with one channel. One of the backward has one tile of time and walks through channels,
 because dc is a sum over channels, kept in registers; sums over programs are done by torch, so that results do not depend on the order
@@ -35,7 +35,7 @@ except ImportError:
     triton = None
 
 _LOG2E = triton is not None and tl.constexpr(1.4426950408889634)
-_LEAST = triton is not None and tl.constexpr(-126.0)  # of x, such that 2^x is not flushed to zero
+_LEAST = triton is not None and tl.constexpr(-40.0)  # of x, such that 2^x counts
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STATES = 64  # the largest state: the backward pass has one number for each in registers
 _ELEMENTS = 64  # of a thread in [state, tokens], in the backward pass
@@ -111,7 +111,7 @@ def _steps(dt, bias, d, t, inside, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 @_jit
 def _alive(a, elapsed, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Whether some of the first GROUP 2^(a log2(e) time) is not zero from `elapsed` on. Steps that may be negative promise nothing.
+    """Whether some of the first GROUP 2^(a log2(e) time) counts from `elapsed` on. Steps that may be negative promise nothing.
 
     One by one, since a reduction would exchange them between threads, and the compiler would no longer see that all go the same way."""
     if SOFTPLUS:
