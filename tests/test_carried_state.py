@@ -8,7 +8,6 @@ The interpreter runs kernels in Python on the CPU, so there are few channels and
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,21 +18,9 @@ from hf_longctx.kernels import carried_state as kernel
 from hf_longctx.kernels.carried_state import LAUNCHES, Launch, add_carried
 from hf_longctx.method import method
 from hf_longctx.passing import Passing
-
-
-def _why_not() -> str | None:
-    if kernel.triton is None:
-        return "Triton is not installed"
-    if kernel.interpreted():
-        if np.lib.NumpyVersion(np.__version__) >= "2.4.0":  # it takes int() of arrays of one element
-            return f"Triton's interpreter does not work with NumPy {np.__version__}; install numpy<2.4"
-        return None
-    return None if torch.cuda.is_available() else "no CUDA GPU; set TRITON_INTERPRET=1 to run the kernels in Python"
-
+from tests.test_biased_kernel import DEVICE, needs_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-needs_kernel = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
-DEVICE = "cpu" if kernel.interpreted() or not torch.cuda.is_available() else "cuda"
 NAMES = ("y", "dt", "a", "c", "start", "z", "delta_bias")
 WIDE = Launch(1, 16, 16, 16)  # all of a state at once: fewest operations, which are what the interpreter's time goes by
 # Batch, channels, tokens, state. A tile has 128 tokens, 32 where the state is 64; programs of the backward have 8 channels or more.

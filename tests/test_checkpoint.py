@@ -338,7 +338,7 @@ def test_listed_sliding_layers_become_full_before_the_model_is_built(tmp_path):
     base = store(tmp_path / "base", "qwen2", **slides)
     assert AutoConfig.from_pretrained(base).layer_types == ["sliding_attention"] * 2
     config = AutoConfig.from_pretrained(hf_longctx.patch(base, LINEAR, tmp_path / "out"))
-    assert (config.layer_types, config.sliding_window) == (["full_attention"] * 2, None)
+    assert (config.layer_types, config.sliding_window, config.use_sliding_window) == (["full_attention"] * 2, None, False)
     refused(tiny_model("qwen2", **slides), "every layer of this qwen2 slides over 16 tokens: patch the checkpoint")
     loaded = hf_longctx.load(base, methods=LINEAR, device="cpu")
     assert loaded.model.model.layers[0].self_attn.sliding_window is None

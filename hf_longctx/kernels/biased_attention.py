@@ -27,12 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-except ImportError:
-    triton = None
+from hf_longctx.kernels._triton import interpreted, jit, tl, triton
 
 _ASSEMBLY = triton is not None and tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 LOG2E = math.log2(math.e)
@@ -43,13 +38,7 @@ FIT_ELEMENTS = 2**23  # at once, in `fit`: 32 MiB
 
 # Lengths, and what is derived from them: no kernel is compiled anew for another value.
 _LENGTHS = ("heads", "group", "tq", "tk", "longest", "windows", "phase", "above", "rows")
-
-
-def _jit(function: Any) -> Any:
-    if triton is None:
-        return function
-    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in _LENGTHS if name in arguments])
+_jit = jit(_LENGTHS)
 
 
 class Launch(NamedTuple):
@@ -102,11 +91,6 @@ def serves(x: Tensor) -> bool:
         room = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)  # AMD's have no such number
         return int(room) >= SHARED_MEMORY
     return x.device.type == "cpu" and interpreted()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on any tensor, slowly: TRITON_INTERPRET=1 was set before the first import."""
-    return triton is not None and isinstance(_forward, InterpretedFunction)
 
 
 # --- the table ---

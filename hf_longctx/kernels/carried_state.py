@@ -27,12 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-except ImportError:
-    triton = None
+from hf_longctx.kernels._triton import interpreted, jit, tl, triton
 
 _LOG2E = triton is not None and tl.constexpr(1.4426950408889634)
 _LEAST = triton is not None and tl.constexpr(-40.0)  # of x, such that 2^x counts
@@ -42,13 +37,7 @@ _ELEMENTS = 64  # of a thread in [state, tokens], in the backward pass
 _PROGRAMS = 4096  # of the backward pass, that a GPU is busy; fewer channels a program if there would be fewer
 _FEWEST = 8  # channels of such a program: each writes a float32 of dc a token and n
 _SIZES = ("channels", "tiles", "count")  # no kernel is compiled anew for another value; the length is not among them, since alignment follows from it
-
-
-def _jit(function: Any) -> Any:
-    if triton is None:
-        return function
-    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in arguments])
+_jit = jit(_SIZES)
 
 
 class Launch(NamedTuple):
@@ -77,11 +66,6 @@ def serves(y: Tensor, dt: Tensor, a: Tensor, c: Tensor, z: Tensor | None) -> boo
     size = a.shape[-1]
     fit = a.dim() == 2 and c.dim() == 3 and not a.is_complex() and size <= _STATES and size & (size - 1) == 0
     return fit and all(x.dtype in _DTYPES for x in (y, dt, c, *(() if z is None else (z,))))
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on any tensor, slowly: TRITON_INTERPRET=1 was set before the first import."""
-    return triton is not None and isinstance(_forward, InterpretedFunction)
 
 
 # --- the kernels ---
