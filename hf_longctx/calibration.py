@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from hf_longctx.data import Documents, load_documents
 from hf_longctx.integration import delta, state
-from hf_longctx.loss import summed_loss
 from hf_longctx.method import Method, in_slot
 from hf_longctx.patching import patch_config
 from hf_longctx.recipe import DataSource
 from hf_longctx.schema import format_size
+from hf_longctx.scoring import score_cells
+from hf_longctx.task import Cell
 
 _RECORDED = 2**28  # step sizes that are held at once
 
@@ -87,17 +88,14 @@ class TextSteps:
     def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
         self.model, self.windows = model, windows
         self.shape = delta.read_shape(model.config)
-        self.bar = tqdm(desc="calibrating", unit=" windows", disable=None, leave=False)  # how many it takes, the method decides
+        self.bar = tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=None, leave=False)  # how many it takes, the method decides
 
     def perplexity(self, method: Method) -> float:
-        modules = [method.delta(self.shape, layer).to(self.model.device) for layer in range(self.shape.layers)]
-        head: Any = self.model.get_output_embeddings()
-        total = 0.0
-        with torch.no_grad(), delta.using(self.model, modules.__getitem__):
-            for ids in self._rows():
-                hidden = self._read(ids)[0, :-1].to(head.weight.dtype)
-                total += float(summed_loss(hidden, head.weight, ids[0, 1:]))
-        mean = total / (self.windows.numel() - len(self.windows))
+        modules = [method.delta(self.shape, place).to(self.model.device) for place in range(self.shape.layers)]
+        cells = [Cell(row.numpy(), 1, len(row)) for row in self.windows]
+        with delta.using(self.model, modules.__getitem__):
+            scored = score_cells(self.model, cells, on_tokens=lambda tokens: self.bar.update(tokens))
+        mean = float(np.mean(np.concatenate([each.nll for each in scored]), dtype=np.float64))
         return math.exp(mean) if mean < 700 else math.inf  # NaN too
 
     def layers(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,26 +103,20 @@ class TextSteps:
         size = max(1, _RECORDED // (self.windows.numel() * self.shape.channels))
         for first in range(0, len(mixers), size):
             group = mixers[first : first + size]
-            for mixer, recorded in zip(group, self._record(range(first, first + len(group))), strict=True):
+            for mixer, recorded in zip(group, self._record([mixer.layer_idx for mixer in group]), strict=True):
                 yield recorded, -mixer.A_log.detach().float().exp().reshape(len(mixer.A_log), -1)
 
-    def _record(self, layers: range) -> list[Tensor]:
+    def _record(self, layers: Sequence[int]) -> list[Tensor]:
         """[windows, tokens, channels] of each of the layers, in one reading of all windows."""
         seen: Any = []
         with torch.no_grad(), delta.using(self.model, lambda layer: nn.Identity(), seen):
-            kept: list[list[Tensor]] = [[] for _ in layers]
-            for ids in self._rows():
-                self._read(ids)
+            kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+            decoder: Any = self.model.get_decoder()
+            for row in self.windows:
+                decoder(input_ids=row[None].to(self.model.device), use_cache=False)
                 for layer, _, before, _ in seen:
-                    if layer in layers:
-                        kept[layer - layers.start].append(before)
+                    if layer in kept:
+                        kept[layer].append(before)
                 seen.clear()
-        return [torch.cat(parts) for parts in kept]
-
-    def _rows(self) -> Iterator[Tensor]:
-        for row in self.windows:
-            yield row[None].to(self.model.device)
-            self.bar.update()
-
-    def _read(self, ids: Tensor) -> Tensor:
-        return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]
+                self.bar.update(len(row))
+        return [torch.cat(parts) for parts in kept.values()]

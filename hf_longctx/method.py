@@ -133,11 +133,11 @@ class StateSource(Protocol):
 
 @dataclass(frozen=True)
 class StateShape:
-    """What a `delta` method may know of a state-space model.
+    """What a `delta` method may know of a state-space model. A hybrid's attention layers are none of its layers.
 
     Attributes:
         family: the configuration's `model_type`.
-        layers: how many.
+        layers: how many state-space layers.
         channels: step sizes that a token has in each of them: one a channel in Mamba-1, one a head in Mamba-2.
     """
 
@@ -155,11 +155,11 @@ class StepSizes(Protocol):
         """Of the windows, each from an empty state, with `method` in the model; infinite where it is not a number."""
 
     def layers(self) -> "Iterator[tuple[Tensor, Tensor]]":
-        """By layer: Delta as it is without any method, [windows, tokens, channels], and A, [channels, states] (Mamba-2: 1 state)."""
+        """By state-space layer: Delta as it is without any method, [windows, tokens, channels], and A, [channels, states] (Mamba-2: 1 state)."""
 
 
 class Calibrated(NamedTuple):
-    """What calibration found: the method to remember, and by layer the tensors that its modules measure, if any."""
+    """What calibration found: the method to remember, and by state-space layer the tensors that its modules measure, if any."""
 
     method: "Method"
     tensors: "Sequence[Mapping[str, Tensor]]" = ()
@@ -226,6 +226,7 @@ class Method:
     def delta(self, shape: StateShape, layer: int) -> "nn.Module":
         """What changes the step sizes of a state-space layer: `module(delta) -> delta`, [batch, tokens, channels], float32 at least.
 
+        `layer`, below `shape.layers`, is its place among the state-space layers.
         After the softplus, before anything is discretised; see `hf_longctx.modules.StepSize`.
         """
         raise NotImplementedError

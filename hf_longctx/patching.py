@@ -44,10 +44,10 @@ def _patch(config: PretrainedConfig, methods: Sequence[Method]) -> tuple[RopeCha
     if not methods:
         return None, {}
     auto.check_family(config, methods)
-    if all(item.slots == ("delta",) for item in methods):
-        for item in methods:
-            if item.calibration is None:
-                item.delta(delta.read_shape(config), 0)  # values that do not fit are refused before anything is changed
+    steps = in_slot(methods, "delta")
+    if steps is not None and steps.calibration is None:
+        steps.delta(delta.read_shape(config), 0)  # values that do not fit are refused before anything is changed
+    if all(item.slots == ("delta",) for item in methods) and not rope.rotates(config):
         auto.claim(config, methods)
         config.longctx = _memory(config, methods, rope.trained_window(config))
         return None, {}

@@ -27,14 +27,27 @@ from hf_longctx.patching import patch_model
 from hf_longctx.recipe import DataSource, parse_recipe
 from tests.conftest import byte_tokenizer, refused_in_a_line, tiny_model
 from tests.test_cli import longctx  # noqa: F401 (a fixture)
-from tests.test_state import EVERY, FAMILIES, TOKENS, VOCABULARY, assert_close, gradients, ids, stock
+from tests.test_state import EVERY, FAMILIES, TOKENS, VOCABULARY, assert_close, gradients, ids
+from tests.test_state import stock as small
 
 DELTA = pytest.mark.parametrize("family", configs.DELTA_FAMILIES)
+HYBRIDS = [family for family in FAMILIES if state.CACHE_ARGUMENT[family] == "past_key_values"]
+OF_HYBRIDS = pytest.mark.parametrize("family", HYBRIDS)
+SCAN, UPDATE = "mamba2_chunk_scan", "mamba2_selective_state_update"  # of Mamba-2 and of hybrids
 CHOSEN = {
     "mamba_extend": {"scales": [0.5, 0.8]},
     "delta_filter": {"trained": 40, "target": 160, "samples": 3},
 }  # fmt: skip
 METHODS = pytest.mark.parametrize("name", CHOSEN)
+
+
+def stock(family):
+    """A tiny model as in test_state.py; the weights of a hybrid are larger, without which its states hardly matter."""
+    model = small(family)
+    for parameter in model.parameters() if family in HYBRIDS else ():
+        if parameter.dim() > 1:
+            parameter.data.mul_(5)
+    return model
 
 
 def write_ids(path, count=4, length=120):
@@ -85,7 +98,11 @@ def load(path, **options):
 
 
 def forward(model, tokens, cache=None, **arguments):
-    return model(tokens, **{state.CACHE_ARGUMENT[configs.family(model.config)]: cache}, **arguments)
+    family = configs.family(model.config)
+    if family in HYBRIDS and cache is not None:  # bamba takes no positions from a cache
+        start = cache.layers[1].get_seq_length()
+        arguments["position_ids"] = torch.arange(start, start + tokens.shape[1])[None]
+    return model(tokens, **{state.CACHE_ARGUMENT[family]: cache}, **arguments)
 
 
 def logits(model, tokens=None, cache=None, **arguments):
@@ -130,13 +147,13 @@ def save_adapter(model, base, out):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*((family, None) for family in FAMILIES), ("mamba", "delta_filter"), ("mamba2", "mamba_extend"), ("mamba2", "delta_filter")]
+    ("family", "name"), [*((family, None) for family in FAMILIES), ("mamba", "delta_filter"), ("mamba2", "mamba_extend"), ("mamba2", "delta_filter"), ("bamba", "delta_filter")]
 )
 def test_an_adapter_equals_what_it_merges_into(family, name, folder, patched, tmp_path):
     base = folder(family) if name is None else patched(family, name)
     model = add_adapter(load(base))
     save_adapter(model, base, tmp_path / "adapter")
-    assert checkpoint.read_sidecar(tmp_path / "adapter")["window"] == (None if family in configs.DELTA_FAMILIES else 64)
+    assert checkpoint.read_sidecar(tmp_path / "adapter")["window"] == (64 if family in HYBRIDS else None)
     found = load(tmp_path / "adapter")
     assert torch.equal(logits(found.get_base_model()), logits(model.get_base_model()))
     hf_longctx.merge(tmp_path / "adapter", tmp_path / "merged")
@@ -155,7 +172,7 @@ def test_an_adapter_equals_what_it_merges_into(family, name, folder, patched, tm
 def test_inspect(family, folder):
     facts = hf_longctx.inspect_model(folder(family))
     assert (facts["family"], facts["state"], facts["supported"], facts["needs_plugin"]) == (family, True, True, False)
-    hybrid = family not in configs.DELTA_FAMILIES
+    hybrid = family in HYBRIDS
     assert facts["window"] == (64 if hybrid else None)
     assert ("trained_window" in facts, "rope" in facts) == (hybrid, hybrid)
     assert facts["loads_with"] == (["transformers>=5"] if hybrid else ["transformers>=5", "vLLM"])
@@ -178,7 +195,7 @@ def test_a_hybrid_without_rope_has_none_to_change(tmp_path):
 def test_card(family, folder):
     text = make_card(folder(family), "me/it").text
     assert f"| family | {family} |" in text
-    assert ("which has no window" in text) == (family in configs.DELTA_FAMILIES)
+    assert ("which has no window" in text) == (family not in HYBRIDS)
     assert "None" not in text
 
 
@@ -214,7 +231,7 @@ def test_card_of_a_model_that_was_trained_with_states(folder):
 @EVERY
 @pytest.mark.parametrize("name", ["nope", "alibi", "key_norm", "carry", "pose"])
 def test_methods_that_do_not_fit(name, family, folder, tmp_path):
-    hybrid = family not in configs.DELTA_FAMILIES
+    hybrid = family in HYBRIDS
     if hybrid and name == "nope":
         hf_longctx.patch(folder(family), name, tmp_path / "out")
         assert hf_longctx.inspect_model(tmp_path / "out")["methods"] == [{"name": "nope"}]
@@ -254,7 +271,7 @@ def test_cached_decoding_equals_one_pass(name, family, patched):
     model = load(patched(family, name))
     whole = logits(model)
     for size in (1, 7):
-        for cache in (DynamicCache(config=model.config), StatePassingCache(model.config)):
+        for cache in (DynamicCache(config=model.config), StatePassingCache(model.config, keys="carry")):
             pieces = []
             for first in range(0, TOKENS, size):
                 pieces.append(logits(model, ids()[:, first : first + size], cache, use_cache=True))
@@ -344,7 +361,7 @@ def test_training_reaches_every_weight_with_and_without_checkpointing(name, fami
         forward(model.get_base_model(), ids(), labels=ids()).loss.backward()
         found[checkpointing] = gradients(model)
         assert not list(model.get_base_model().longctx_delta.parameters())
-    assert sum("lora_B" in key for key in found[True]) == (2 if family == "mamba2" else 4)
+    assert sum("lora_B" in key for key in found[True]) == (4 if family in ("mamba", "falcon_mamba") else 2)
     assert all(gradient.abs().max() > 0 for gradient in found[True].values())
     assert_close(found[True], found[False])
 
@@ -367,9 +384,10 @@ def test_switched_off_it_is_the_stock_model(name, family, patched):
     assert (logits(model) - logits(stock(family))).abs().max() > 0.1
 
 
-def test_limits_of_step_sizes_hold_on_every_path():
+@pytest.mark.parametrize("family", ["mamba2", *HYBRIDS])
+def test_limits_of_step_sizes_hold_on_every_path(family):
     """Mamba-2 may clip Delta; Transformers does so in the scan and forgets it for single tokens."""
-    base = stock("mamba2")
+    base = stock(family)
     for mixer, _ in state.mixers(base):
         mixer.time_step_limit = (0.2, 0.4)
     model = hf_longctx.patch(copy.deepcopy(base), {"name": "mamba_extend", "scales": 1})
@@ -413,13 +431,13 @@ def test_kernels_that_fuse_projections_and_scan_are_not_taken(name, family, patc
     """As if mamba-ssm were here: its fused function would compute with the step sizes as they are."""
     model = load(patched(family, name)).train()
     modeling = sys.modules[state.stock_class(next(iter(state.mixers(model)))[0]).__module__]
-    fused = getattr(modeling, "mamba2_split_conv1d_scan_combined" if family == "mamba2" else "mamba_inner_fn")
+    fused = getattr(modeling, "mamba_inner_fn" if hasattr(modeling, "mamba_inner_fn") else "mamba2_split_conv1d_scan_combined")
     called = []
     monkeypatch.setattr(fused, "stock", lambda *args, **kwargs: called.append(1))
     want = logits(load(patched(family, name)))
-    close(logits(model), want)
+    close(logits(model, use_cache=False), want)
     assert not called
-    logits(stock(family).train())
+    logits(stock(family).train(), use_cache=False)
     assert called, "the function that was replaced is not the one that mixers call"
 
 
@@ -446,16 +464,17 @@ def test_the_proof_misses_no_path(family, function, monkeypatch):
     modeling = sys.modules[state.stock_class(next(iter(state.mixers(stock(family))))[0]).__module__]
     hf_longctx.patch(stock(family), {"name": "mamba_extend", "scales": 0.5})
     if function == "update":
-        name = "mamba2_selective_state_update" if family == "mamba2" else "mamba_selective_state_update"
+        name = UPDATE if hasattr(modeling, UPDATE) else "mamba_selective_state_update"
         monkeypatch.setattr(modeling, name, getattr(modeling, name).stock)
         monkeypatch.setattr(steps, "_CHANGES", {key: value for key, value in steps._CHANGES.items() if key != name})
-    elif family == "mamba2":
-        monkeypatch.setattr(modeling, "mamba2_chunk_scan", modeling.mamba2_chunk_scan.stock)
-        monkeypatch.setattr(steps, "_CHANGES", {key: value for key, value in steps._CHANGES.items() if key != "mamba2_chunk_scan"})
+    elif hasattr(modeling, SCAN):
+        monkeypatch.setattr(modeling, SCAN, modeling.mamba2_chunk_scan.stock)
+        monkeypatch.setattr(steps, "_CHANGES", {key: value for key, value in steps._CHANGES.items() if key != SCAN})
     else:
         monkeypatch.setattr(modeling, "mamba_selective_scan", modeling.mamba_selective_scan.stock)
         monkeypatch.setattr(state, "_dispatch", lambda module: True)
-    with pytest.raises(RuntimeError, match=rf"the step sizes of layer 0 \({function}\), layer 1 \({function}\) never met"):
+    second = 2 if family in HYBRIDS else 1
+    with pytest.raises(RuntimeError, match=rf"the step sizes of layer 0 \({function}\), layer {second} \({function}\) never met"):
         hf_longctx.patch(stock(family), {"name": "mamba_extend", "scales": 0.5})
 
 
@@ -568,14 +587,19 @@ def test_what_is_refused(folder, text, tmp_path, base):
         refused_in_a_line(
             call({"name": "mamba_extend", "scales": 0.5}, text), "data is for methods that have to be calibrated, and mamba_extend has nothing to calibrate"
         )
-        refused_in_a_line(call({"name": "mamba_extend", "scales": [0.5] * 3}), "mamba_extend: 3 scales for the 2 layers of this mamba")
+        refused_in_a_line(call({"name": "mamba_extend", "scales": [0.5] * 3}), "mamba_extend: 3 scales for the 2 state-space layers of this mamba")
         refused_in_a_line(call(sift | {"trained": 130}, text), f"no document of {text} has 130 tokens")
         refused_in_a_line(call([seek, {"name": "linear", "factor": 2}], text), "mamba has no rotary position embedding")
-    for family in ("bamba", "granitemoehybrid", "llama"):
-        refused_in_a_line(
-            patch({"name": "mamba_extend", "scales": 0.5}, family=family), f"mamba_extend works on mamba, falcon_mamba, mamba2 so far, not on {family}"
-        )
-        refused_in_a_line(patch(sift, text, family=family), f"delta_filter works on mamba, falcon_mamba, mamba2 so far, not on {family}")
+    for family in HYBRIDS:
+        for scales in ([0.5] * 3, [0.5]):
+            refused_in_a_line(
+                patch({"name": "mamba_extend", "scales": scales}, family=family), f"mamba_extend: {len(scales)} scales for the 2 state-space layers of this {family}"
+            )
+        both = [{"name": "mamba_extend", "scales": 0.5}, "alibi"]
+        refused_in_a_line(patch(both, family=family), f"alibi works on {', '.join(configs.FAMILIES)} so far, not on {family}")
+    known = "mamba, falcon_mamba, mamba2, bamba, granitemoehybrid"
+    refused_in_a_line(patch({"name": "mamba_extend", "scales": 0.5}, family="llama"), f"mamba_extend works on {known} so far, not on llama")
+    refused_in_a_line(patch(sift, text, family="llama"), f"delta_filter works on {known} so far, not on llama")
     refused_in_a_line(lambda: hf_longctx.patch(tiny_model(), sift, data=text), "delta_filter works on mamba")
     refused_in_a_line(lambda: load(folder("mamba"), methods=sift), "delta_filter has not been calibrated: give data to `longctx patch`")
     refused_in_a_line(lambda: load(folder("mamba"), methods=seek), "mamba_extend has not been calibrated: give data to `longctx patch`")

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hf_longctx.integration import delta, rope, steps
 from hf_longctx.integration.attention import LONGCTX, locate, share_table
 from hf_longctx.integration.configs import DELTA_FAMILIES, FAMILIES, PREFIX, class_name, config_class, family, is_ours
+from hf_longctx.integration.state import has_state
 from hf_longctx.method import Method, Shape, in_slot, load_methods
 from hf_longctx.modules import Formula, PerLayer
 
@@ -84,13 +85,14 @@ class LongctxStateModel(LongctxModel):
     """Mixed into a state-space model of Transformers: the modules of its delta method, and the hooks that hand them to the scans."""
 
     longctx_delta: PerLayer
+    _longctx_places: Mapping[int, int]  # `delta.places`
     _longctx_seen: steps.Seen | None = None
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         super(LongctxModel, self).set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _longctx_enter(self, mixer: Any, args: tuple[Any, ...]) -> None:
-        steps.enter(mixer, None if self._longctx_off else self.longctx_delta.of(mixer.layer_idx), self._longctx_seen)
+        steps.enter(mixer, None if self._longctx_off else self.longctx_delta.of(self._longctx_places[mixer.layer_idx]), self._longctx_seen)
 
     def _longctx_leave(self, mixer: Any, args: tuple[Any, ...], output: Any) -> None:
         steps.leave()
@@ -130,7 +132,8 @@ def install(model: PreTrainedModel) -> None:
     config = model.config
     methods = load_methods(config.longctx["methods"])
     if isinstance(model, LongctxStateModel):
-        model.longctx_delta = PerLayer([_step_size(config, layer) for layer in range(config.num_hidden_layers)]).to(model.device)
+        model._longctx_places = delta.places(config)  # type: ignore[assignment]
+        model.longctx_delta = PerLayer([_step_size(config, place) for place in model._longctx_places.values()]).to(model.device)
         model._longctx_handles = delta.hook(model, model._longctx_enter, model._longctx_leave)
         return
     shape = rope.read_shape(config)
@@ -154,11 +157,11 @@ def uninstall(model: Any) -> None:
         handle.remove()
 
 
-def _step_size(config: PretrainedConfig, layer: int) -> Formula:
-    """A new module of the delta method of a configuration."""
+def _step_size(config: PretrainedConfig, place: int) -> Formula:
+    """A new module of the delta method of a configuration, for the state-space layer at `place` among these."""
     item = in_slot(load_methods(config.longctx["methods"]), "delta")
     assert item is not None
-    return item.delta(delta.read_shape(config), layer)  # type: ignore[return-value]
+    return item.delta(delta.read_shape(config), place)  # type: ignore[return-value]
 
 
 def check_family(config: PretrainedConfig, methods: Sequence[Method]) -> None:
@@ -168,6 +171,8 @@ def check_family(config: PretrainedConfig, methods: Sequence[Method]) -> None:
             families = DELTA_FAMILIES if slot == "delta" else FAMILIES
             if family(config) not in families:
                 raise ValueError(f"{item.name} works on {', '.join(families)} so far, not on {family(config)}")
+            if slot == "delta" and not has_state(config):
+                raise ValueError(f"no layer of this {family(config)} is a state-space layer, so {item.name} finds no step size to change")
 
 
 def claim(config: PretrainedConfig, methods: Sequence[Method]) -> None:
@@ -213,8 +218,9 @@ def convert(model: PreTrainedModel) -> None:
         install(model)
     elif isinstance(model, LongctxModel):
         uninstall(model)
+        attention = model.config._attn_implementation if isinstance(model, LongctxStateModel) else "sdpa"
         model.__class__ = stock_class(model.config)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(attention)
 
 
 def warn_if_divergent(methods: Sequence[Method], config: PretrainedConfig) -> None:
@@ -263,9 +269,9 @@ def _prove_steps(model: LongctxStateModel) -> None:
     assert item is not None
     modules: Any = model.longctx_delta.layers
 
-    def make(layer: int) -> Formula:
-        made = _step_size(model.config, layer)
-        made.load_state_dict(modules[layer].state_dict())
+    def make(place: int) -> Formula:
+        made = _step_size(model.config, place)
+        made.load_state_dict(modules[place].state_dict())
         return made
 
     missing = [name for module in modules for name in module.measured if getattr(module, name).isnan().any()]
@@ -275,7 +281,7 @@ def _prove_steps(model: LongctxStateModel) -> None:
 
 
 def set_measured(model: Any, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Give the modules of the delta slot, by layer, what their calibration found."""
+    """Give the modules of the delta slot, by state-space layer, what their calibration found."""
     for module, found in zip(model.longctx_delta.layers, tensors, strict=True):
         for name, value in found.items():
             getattr(module, name).copy_(value)

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 PREFIX = "hf_longctx_"
 # Families whose layers hand positions and unknown keywords on to the attention function; each is under the laws.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "gpt_neox")
-DELTA_FAMILIES = ("mamba", "falcon_mamba", "mamba2")  # of the delta slot
+DELTA_FAMILIES = ("mamba", "falcon_mamba", "mamba2", "bamba", "granitemoehybrid")  # of the delta slot
 
 
 class LongctxConfig:

@@ -1,4 +1,8 @@
-"""The delta slot: which models it is for, its modules in a live model, and the proof that every scan gets what they compute."""
+"""The delta slot: which models it is for, its modules in a live model, and the proof that every scan gets what they compute.
+
+A hybrid's attention layers have no step sizes, so methods, modules and calibration count the state-space layers alone, in order.
+What looks into a running model (`steps`, the proof's errors) names layers as the model does; `places` translates.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,14 +16,25 @@ from transformers import DynamicCache, PretrainedConfig
 
 from hf_longctx.integration import state, steps
 from hf_longctx.integration.configs import family
+from hf_longctx.integration.state import CACHE_ARGUMENT
 from hf_longctx.integration.steps import Seen
 from hf_longctx.method import StateShape
 
 
 def read_shape(config: PretrainedConfig) -> StateShape:
     """The StateShape of a configuration of `configs.DELTA_FAMILIES`."""
-    channels = config.num_heads if family(config) == "mamba2" else config.intermediate_size
-    return StateShape(family(config), config.num_hidden_layers, channels)
+    name = family(config)
+    if CACHE_ARGUMENT[name] == "past_key_values":
+        channels = config.mamba_n_heads
+    else:
+        channels = config.num_heads if name == "mamba2" else config.intermediate_size
+    return StateShape(name, len(places(config)), channels)
+
+
+def places(config: PretrainedConfig) -> dict[int, int]:
+    """The place of each state-space layer among the state-space layers, by its `layer_idx`."""
+    kinds = config.layer_types[: config.num_hidden_layers]
+    return {layer: place for place, layer in enumerate(i for i, kind in enumerate(kinds) if kind == "linear_attention")}
 
 
 def hook(model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> list[RemovableHandle]:
@@ -35,8 +50,9 @@ def hook(model: nn.Module, enter: Callable[..., None], leave: Callable[..., None
 
 @contextmanager
 def using(model: nn.Module, modules: Callable[[int], nn.Module], seen: Seen | None = None) -> Iterator[None]:
-    """The model with `modules(layer)` in the place of its own, and what passes them in `seen`."""
-    handles = hook(model, lambda mixer, args: steps.enter(mixer, modules(mixer.layer_idx), seen), lambda *_: steps.leave())
+    """The model with `modules(place)` in the place of its own, and what passes them in `seen`."""
+    place = places(model.config)  # type: ignore[arg-type]
+    handles = hook(model, lambda mixer, args: steps.enter(mixer, modules(place[mixer.layer_idx]), seen), lambda *_: steps.leave())
     try:
         yield
     finally:
@@ -45,7 +61,7 @@ def using(model: nn.Module, modules: Callable[[int], nn.Module], seen: Seen | No
 
 
 def prove(model: Any, make: Callable[[int], nn.Module]) -> None:
-    """Raise RuntimeError unless the scan of every layer, of a text and of one token more, gets Delta as `make(layer)` computes it.
+    """Raise RuntimeError unless the scan of every layer, of a text and of one token more, gets Delta as `make(place)` computes it.
 
     On the meta device it is proved that the modules are asked, without weights or memory.
 
@@ -53,13 +69,14 @@ def prove(model: Any, make: Callable[[int], nn.Module]) -> None:
         ValueError: a module was never calibrated.
     """
     seen: Seen = []
+    argument, place = CACHE_ARGUMENT[family(model.config)], places(model.config)
     model._longctx_seen = seen
     try:
         with torch.no_grad():
             ids = torch.arange(5, device=model.device)[None] % model.config.vocab_size
             cache = DynamicCache(config=model.config)
             for part in (ids[:, :4], ids[:, 4:]):
-                model.get_decoder()(input_ids=part, cache_params=cache, use_cache=True)
+                model.get_decoder()(input_ids=part, use_cache=True, **{argument: cache})
     finally:
         model._longctx_seen = None
     asked = {(layer, function) for layer, function, *_ in seen}
@@ -71,6 +88,6 @@ def prove(model: Any, make: Callable[[int], nn.Module]) -> None:
     if model.device.type == "meta":
         return
     for layer, function, before, after in seen:
-        wanted = make(layer).to(before.device)(before)
+        wanted = make(place[layer]).to(before.device)(before)
         if not torch.allclose(after, wanted, rtol=1e-5, atol=0):
             raise RuntimeError(f"the patch did not take effect: the step sizes of layer {layer} ({function}) are not what their method computes")

@@ -26,7 +26,7 @@ FLOOR = 0.01
 class MambaExtend(Method):
     """Delta_t := s_l softplus(dt_t + b) in layer l: below 1, states decay more slowly and take in less of each token.
 
-    `scales`: s_l by layer, or one number for all. Without them they are sought on `samples` windows of `target` tokens: s starts
+    `scales`: s_l of each state-space layer in order (a hybrid's attention layers have none), or one number for all. Without them they are sought on `samples` windows of `target` tokens: s starts
     from U(0.75, 1); step k draws p from {-1, 1}^layers, evaluates the perplexity P at s +- c_k p, c_k = 0.1 / (1 + k)^0.1, moves to s
     - a_k (P_+ - P_-) / (2 c_k) p, a_k = 0.001 cos(pi k / 198), or to the better probe if that has less perplexity; no s is below
     0.01."""
@@ -44,7 +44,7 @@ class MambaExtend(Method):
         require(self.samples >= 1 and self.steps >= 1, f"samples and steps must be at least 1, got {self.samples} and {self.steps}")
         require(
             self.scales is not None or self.target is not None,
-            "give scales (one number, or one a layer), or target, the length in tokens that data is to be read in to find them",
+            "give scales (one number, or one a state-space layer), or target, the length in tokens that data is to be read in to find them",
         )
 
     def delta(self, shape: StateShape, layer: int) -> "nn.Module":
@@ -53,7 +53,7 @@ class MambaExtend(Method):
         scales = self.scales
         require(scales is not None, "mamba_extend has not been calibrated: give data to `longctx patch` (--data FILE), or scales")
         if isinstance(scales, tuple):
-            require(len(scales) == shape.layers, f"mamba_extend: {len(scales)} scales for the {shape.layers} layers of this {shape.family}")
+            require(len(scales) == shape.layers, f"mamba_extend: {len(scales)} scales for the {shape.layers} state-space layers of this {shape.family}")
             scales = scales[layer]
         return StepSize(scaled, fixed={"scale": scales})
 
