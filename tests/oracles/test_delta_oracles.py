@@ -3,7 +3,8 @@
 mamba_extend: MambaExtend (ICLR 2025), a factor a layer, and its search by simultaneous perturbation with the numbers of the
 released code, except that nothing but the calibration text is looked at. delta_filter: LongMamba (arXiv 2504.16053), with thresholds
 found by plain loops over sorted numbers. No line is shared with the library, a few with the oracles of states; the mixers' recurrences are Mamba's (arXiv 2312.00752,
-algorithm 2) and Mamba-2's (arXiv 2405.21060, listing 1).
+algorithm 2) and Mamba-2's (arXiv 2405.21060, listing 1). Hybrids have attention with RoPE (arXiv 2104.09864) in their second layer and
+SwiGLU in each; what Granite multiplies is not 1 here.
 """
 
 import functools
@@ -20,12 +21,23 @@ from hf_longctx.methods.mamba_extend import search
 from hf_longctx.patching import patch_model
 from tests.oracles.test_state_oracles import rms, silu, softplus
 
-STATE, TOKENS, VOCABULARY, LAYERS = 4, 19, 30, 2
+STATE, TOKENS, VOCABULARY, LAYERS = 4, 19, 30, 2  # layers with a state; hybrids have one more
+HYBRID = {
+    "num_hidden_layers": LAYERS + 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": STATE, "mamba_chunk_size": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 FIELDS = {
     "mamba": {"time_step_rank": 3},
     "falcon_mamba": {"time_step_rank": 3},
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
-}
+    "bamba": HYBRID | {"attn_layer_indices": [1]},
+    "granitemoehybrid": HYBRID | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"], "position_embedding_type": "rope",
+        "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 24,
+        "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.4, "logits_scaling": 3.0,
+    },
+}  # fmt: skip
+HYBRIDS = ("bamba", "granitemoehybrid")
 EVERY = pytest.mark.parametrize("family", FIELDS)
 SCALES = (0.4, 1.7)
 
@@ -42,7 +54,7 @@ def made(family):
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **FIELDS[family]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | FIELDS[family])), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.25)
@@ -59,7 +71,7 @@ def model_of(family):
 
 
 def arrays(family):
-    return {name.removeprefix("backbone."): p.detach().numpy() for name, p in made(family).named_parameters()}
+    return {name.removeprefix("backbone.").removeprefix("model."): p.detach().numpy() for name, p in made(family).named_parameters()}
 
 
 def convolve(x, p):
@@ -101,9 +113,51 @@ def mixer_2(p, x, change, seen, eps):
     return np.array(out) @ p["out_proj.weight"].T
 
 
+def rotate(x, pairs):
+    """RoPE of x [tokens, dims] at positions 0, 1, ...: the first dimensions, two halves of `pairs` each."""
+    angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(pairs) / pairs)
+    a, b, rest = np.split(x, [pairs, 2 * pairs], axis=1)
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle), rest], axis=1)
+
+
+def attention(p, x, pairs, scale):
+    """Two query heads over one head of keys and values."""
+    k, v = rotate(x @ p["k_proj.weight"].T, pairs), x @ p["v_proj.weight"].T
+    out = []
+    for q in np.split(x @ p["q_proj.weight"].T, 2, axis=1):
+        weights = np.exp(rotate(q, pairs) @ k.T * scale) * np.tri(len(x))
+        out.append(weights / weights.sum(1, keepdims=True) @ v)
+    return np.concatenate(out, axis=1) @ p["o_proj.weight"].T
+
+
+def forward_hybrid(family, ids, changes, seen):
+    p, granite = arrays(family), family == "granitemoehybrid"
+    embedding, residual, scale, scaling, pairs = (2.0, 0.7, 0.4, 3.0, 4) if granite else (1.0, 1.0, 8**-0.5, 1.0, 2)  # bamba turns half of the dimensions
+    x, change = embedding * p["embed_tokens.weight"][ids], iter(changes)
+    for layer in range(LAYERS + 1):
+        own = {name.removeprefix(f"layers.{layer}."): value for name, value in p.items() if name.startswith(f"layers.{layer}.")}
+        normed = rms(x, 1e-5) * own["input_layernorm.weight"]
+        if layer == 1:
+            mixed = attention({name.removeprefix("self_attn."): value for name, value in own.items()}, normed, pairs, scale)
+        else:
+            mixed = mixer_2({name.removeprefix("mamba."): value for name, value in own.items()}, normed, next(change), seen, None)
+        x = x + residual * mixed
+        if granite:
+            gate, up = np.split(own["shared_mlp.input_linear.weight"], 2)
+            down, norm = own["shared_mlp.output_linear.weight"], own["post_attention_layernorm.weight"]
+        else:
+            gate, up, down = (own[f"feed_forward.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            norm = own["pre_ff_layernorm.weight"]
+        normed = rms(x, 1e-5) * norm
+        x = x + residual * (silu(normed @ gate.T) * (normed @ up.T)) @ down.T
+    return rms(x, 1e-5) * p["norm.weight" if granite else "final_layernorm.weight"] @ p["lm_head.weight"].T / scaling
+
+
 def forward(family, ids, changes, seen=None):
-    """Logits [tokens, vocabulary]; `changes[layer]` of the step sizes of one token."""
+    """Logits [tokens, vocabulary]; `changes[layer]` of the step sizes of one token, by layer with a state."""
     p, seen = arrays(family), [] if seen is None else seen
+    if family in HYBRIDS:
+        return forward_hybrid(family, ids, changes, seen)
     eps = made(family).config.layer_norm_epsilon
     x = p["embeddings.weight"][ids]
     for layer in range(LAYERS):
@@ -124,10 +178,12 @@ def logits(model, ids):
 
 
 def by_tokens(model, ids):
+    hybrid = model.config.model_type.endswith(HYBRIDS)
     cache, found = DynamicCache(config=model.config), []
     with torch.no_grad():
-        for token in ids:
-            found.append(model(torch.tensor([[token]]), cache_params=cache, use_cache=True).logits[0].double().numpy())
+        for position, token in enumerate(ids):
+            given = {"past_key_values": cache, "position_ids": torch.tensor([[position]])} if hybrid else {"cache_params": cache}
+            found.append(model(torch.tensor([[token]]), use_cache=True, **given).logits[0].double().numpy())
     return np.concatenate(found)
 
 
@@ -180,7 +236,7 @@ class Windows:
             forward(family, ids, [lambda delta: delta] * LAYERS, seen)
             for layer, delta in enumerate(seen):
                 self.recorded[layer].append(delta)
-        self.a = [-np.exp(arrays(family)[f"layers.{layer}.mixer.A_log"]) for layer in range(LAYERS)]
+        self.a = [-np.exp(value) for name, value in arrays(family).items() if name.endswith("A_log")]
         self.shape = StateShape(family, LAYERS, self.recorded[0][0].shape[1])
 
     def layers(self):
