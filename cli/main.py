@@ -260,12 +260,13 @@ def patch(
     _quiet_transformers()
     from hf_longctx.checkpoint import inspect_model
     from hf_longctx.checkpoint import patch as run
+    from hf_longctx.method import method_names
     from hf_longctx.schema import format_size
 
     run(model, _specs(method), out_folder, revision=revision, overwrite=overwrite, data=data)
     facts = inspect_model(out_folder)
     names = ", ".join(m["name"] for m in facts["methods"])
-    if facts["window"] is None:
+    if all(m["name"] in method_names("delta") for m in facts["methods"]):
         out.print(f"{out_folder}: step sizes changed by {names}; proved", markup=False)
         return
     out.print(f"{out_folder}: window {format_size(facts['trained_window'])} -> {format_size(facts['window'])} by {names}; proved", markup=False)

@@ -203,7 +203,10 @@ def _title(name: str, facts: Mapping[str, Any], base: Base, method: str) -> str:
         return f"# {name}\n\n{what}" + (f" with `{method}`" if method else "") + ": a state-space model, which has no window and no positions."
     what = f"A LoRA adapter that gives {what}" if facts["kind"] == "adapter" else f"{what} with"
     window = f"a context window of {format_size(facts['window'])} tokens" if facts.get("window") else "a context window of its own"
-    before = f" instead of {format_size(facts['trained_window'])}, by `{method}`" if "trained_window" in facts and method else ""
+    before = ""
+    if "trained_window" in facts and method:
+        moved = facts["window"] != facts["trained_window"]
+        before = f" instead of {format_size(facts['trained_window'])}, by `{method}`" if moved else f" and with `{method}`"
     return f"# {name}\n\n{what} {window}{before}."
 
 
@@ -265,7 +268,8 @@ def _limits(facts: Mapping[str, Any], found: Sequence[Evaluation]) -> str:
     if any(not item.static for item in load_methods(facts["methods"])):
         lines.append("Its frequencies depend on the length seen: keys in a cache were rotated by those of their time.")
     if facts["kind"] == "adapter" and facts["methods"]:
-        carries, old = ("no RoPE", "window") if "trained_window" in facts else ("no step sizes", "ones")
+        steps = all(item.slots == ("delta",) for item in load_methods(facts["methods"]))
+        carries, old = ("no step sizes", "ones") if steps else ("no RoPE", "window")
         lines.append(f"A LoRA adapter carries {carries}: `PeftModel.from_pretrained` on the unpatched base silently runs with the old {old}. Load it as above, or merge it.")
     lines.append("A longer window says nothing about what the model does with it on tasks that are not listed here; biases of the base model remain.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])

@@ -22,9 +22,12 @@ from hf_longctx.card import Base, make_card
 from hf_longctx.data import Documents, load_documents
 from hf_longctx.integration import auto, configs, delta, state, steps
 from hf_longctx.integration.state import StatePassingCache
+from hf_longctx.lora import state_targets
 from hf_longctx.method import load_method, method, method_names
 from hf_longctx.patching import patch_model
 from hf_longctx.recipe import DataSource, parse_recipe
+from hf_longctx.scoring import score_cells
+from hf_longctx.task import Cell
 from tests.conftest import byte_tokenizer, refused_in_a_line, tiny_model
 from tests.test_cli import longctx  # noqa: F401 (a fixture)
 from tests.test_state import EVERY, FAMILIES, TOKENS, VOCABULARY, assert_close, gradients, ids
@@ -153,6 +156,8 @@ def test_an_adapter_equals_what_it_merges_into(family, name, folder, patched, tm
     base = folder(family) if name is None else patched(family, name)
     model = add_adapter(load(base))
     save_adapter(model, base, tmp_path / "adapter")
+    steps_lost = "A LoRA adapter carries no step sizes" in make_card(tmp_path / "adapter", "me/it").text
+    assert steps_lost == (name is not None)
     assert checkpoint.read_sidecar(tmp_path / "adapter")["window"] == (64 if family in HYBRIDS else None)
     found = load(tmp_path / "adapter")
     assert torch.equal(logits(found.get_base_model()), logits(model.get_base_model()))
@@ -199,9 +204,11 @@ def test_card(family, folder):
     assert "None" not in text
 
 
+@pytest.mark.parametrize("family", ["mamba2", "bamba"])
 @METHODS
-def test_card_of_a_patched_model(name, patched):
-    text = make_card(patched("mamba2", name), "me/it").text
+def test_card_of_a_patched_model(name, family, patched):
+    text = make_card(patched(family, name), "me/it").text
+    assert "instead of" not in text
     assert "import hf_longctx" in text
     assert f"with `{name}:" in text
     assert f"- {name}" in text
@@ -509,9 +516,11 @@ def test_windows_are_spread_over_all_places():
     refused_in_a_line(lambda: choose_windows(documents, 4, 13, "it"), "no document of it has 13 tokens, which a calibration window has: the longest has 12")
 
 
-def test_calibration_is_measured_on_the_model(text):
-    """Perplexity is that of the model's own loss; step sizes are those that reach the scan, whatever was patched before."""
-    model = stock("mamba")
+@pytest.mark.parametrize(("family", "channels"), [("mamba", 32), ("granitemoehybrid", 4)])
+def test_calibration_is_measured_on_the_model(family, channels, text):
+    """Perplexity is that of the model's own loss, which may scale logits; step sizes are those that reach the scan, whatever was patched before."""
+    model = stock(family)
+    model.config.logits_scaling = 3.0
     windows = torch.from_numpy(choose_windows(load_documents(DataSource(str(text)), None), 3, 20, "it"))
     item = method("mamba_extend", scales=0.7)
     found = TextSteps(model, windows)
@@ -521,19 +530,23 @@ def test_calibration_is_measured_on_the_model(text):
     assert abs(found.perplexity(item) / want - 1) < 1e-5
     assert abs(TextSteps(live, windows).perplexity(item) / want - 1) < 1e-5
     for (one, a), (other, b) in zip(found.layers(), TextSteps(live, windows).layers(), strict=True):
-        assert one.shape == (3, 20, 32)
+        assert one.shape == (3, 20, channels)
         assert torch.equal(one, other)
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("held", [1, 3 * 20 * 32 * 2, 2**28])
-def test_layers_are_recorded_a_few_at_a_time(held, monkeypatch):
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_layers_are_recorded_a_few_at_a_time(family, held, monkeypatch):
     monkeypatch.setattr("hf_longctx.calibration._RECORDED", held)
     windows = ids(rows=3, tokens=20)
-    model = stock("mamba")
+    model = stock(family)
     runs = []
-    model.backbone.layers[0].mixer.register_forward_hook(lambda *_: runs.append(1))
-    found = [recorded for recorded, _ in TextSteps(model, windows).layers()]
+    mixers = [mixer for mixer, _ in state.mixers(model)]
+    mixers[0].register_forward_hook(lambda *_: runs.append(1))
+    found, decays = zip(*TextSteps(model, windows).layers(), strict=True)
+    for mixer, decay in zip(mixers, decays, strict=True):
+        torch.testing.assert_close(decay.flatten(), -mixer.A_log.exp().flatten())
     assert len(runs) == 3 * (2 if held == 1 else 1)
     seen = []
     with torch.no_grad(), delta.using(model, lambda layer: torch.nn.Identity(), seen):
@@ -568,6 +581,86 @@ def test_text_needs_a_tokenizer(tmp_path, monkeypatch):
     )
     model = hf_longctx.patch(stock("mamba"), item, data=tmp_path / "book.txt", tokenizer=byte_tokenizer())
     assert len(model.config.longctx["methods"][0]["scales"]) == 2
+
+
+# --- Hybrids ----------------------------------------------------------------------------------------------------------
+
+
+@OF_HYBRIDS
+def test_a_rope_method_may_stand_beside(family, folder, tmp_path):
+    """Frequencies and step sizes change together; another patch starts from the trained frequencies, as ever."""
+    both = [spec("mamba_extend"), {"name": "theta", "theta": 500, "target": 256}]
+    hf_longctx.patch(folder(family), both, tmp_path / "both")
+    facts = hf_longctx.inspect_model(tmp_path / "both")
+    assert [item["name"] for item in facts["methods"]] == ["mamba_extend", "theta"]
+    assert (facts["rope"]["rope_theta"], facts["trained_window"], facts["window"]) == (500, 64, 256)
+    model = load(tmp_path / "both")
+    assert torch.equal(logits(model), logits(hf_longctx.patch(stock(family), both)))
+    alone = {item["name"]: logits(hf_longctx.patch(stock(family), item)) for item in both}
+    assert min((logits(model) - each).abs().max() for each in alone.values()) > 0.02
+    whole, cache = logits(model), DynamicCache(config=model.config)
+    close(torch.cat([logits(model, part, cache, use_cache=True) for part in ids().split(7, dim=1)], 1), whole)
+    assert torch.equal(logits(hf_longctx.patch(model, both[0])), alone["mamba_extend"])
+    model.set_attn_implementation("eager")
+    back = hf_longctx.patch(model, both[1])
+    assert (type(back), back.config._attn_implementation) == (type(stock(family)), "eager")
+    close(logits(back), alone["theta"])
+
+
+def test_a_hybrid_without_rope(tmp_path):
+    """Its window stays as it was, and nothing is said of a rope."""
+    model = stock("granitemoehybrid")
+    config = model.config
+    config.position_embedding_type = "nope"
+    without = type(model)(config)
+    without.load_state_dict(model.state_dict())
+    without.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    hf_longctx.patch(tmp_path / "base", spec("mamba_extend"), tmp_path / "out")
+    facts = hf_longctx.inspect_model(tmp_path / "out")
+    assert (facts["window"], facts["needs_plugin"], "rope" in facts) == (64, True, False)
+    assert (logits(load(tmp_path / "out")) - logits(load(tmp_path / "base"))).abs().max() > 0.1
+    refused_in_a_line(
+        lambda: hf_longctx.patch(tmp_path / "base", [spec("mamba_extend"), {"name": "linear", "factor": 2}], tmp_path / "other"),
+        "granitemoehybrid has no rotary position embedding",
+    )
+
+
+@METHODS
+def test_attention_alone_has_no_step_sizes(name, text):
+    config = copy.deepcopy(stock("granitemoehybrid").config)
+    config.layer_types = ["full_attention"] * 3
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"^no layer of this granitemoehybrid is a state-space layer, so {name} finds no step size to change$"):
+        hf_longctx.patch(model, spec(name), data=text if name == "delta_filter" else None)
+
+
+@OF_HYBRIDS
+@METHODS
+def test_evaluation_in_chunks_is_that_of_the_whole(name, family, patched):
+    model = load(patched(family, name))
+    cell = Cell(ids(rows=1)[0].numpy(), 1, TOKENS)
+    whole, pieces = (score_cells(model, [cell], chunk=chunk)[0].nll for chunk in (None, 7))
+    np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert abs(float(model(ids(rows=1), labels=ids(rows=1), use_cache=False).loss) - whole.mean()) < 1e-4
+
+
+@OF_HYBRIDS
+def test_it_trains_from_states_and_merges(family, folder, patched, text, tmp_path):
+    """An adapter beside changed step sizes, on what it would reach in the stock model."""
+    assert state_targets(load(patched(family, "delta_filter"))) == state_targets(stock(family))
+    train = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "gradient_checkpointing": True, "disable_tqdm": True}
+    recipe = {
+        "model": {"name": str(folder(family))}, "methods": [spec("mamba_extend"), {"name": "carry"}], "window": 16, "data": {"path": str(text)},
+        "lora": {"r": 2}, "train": train,
+    }  # fmt: skip
+    hf_longctx.finetune(recipe, tmp_path / "adapter")
+    hf_longctx.merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert merged.config.model_type == f"hf_longctx_{family}"
+    close(logits(merged), logits(load(tmp_path / "adapter").get_base_model()), 1e-4)
+    assert (logits(merged) - logits(load(patched(family, "mamba_extend")))).abs().max() > 1e-3
 
 
 # --- Refusals ----------------------------------------------------------------------------------------------------------
@@ -644,13 +737,14 @@ def test_values_that_cannot_be(name, fields, message):
 # --- The command line --------------------------------------------------------------------------------------------------
 
 
-def test_patch_and_inspect_on_the_command_line(longctx, folder, text, tmp_path):  # noqa: F811
-    run = longctx("patch", folder("mamba2"), "-m", "delta_filter:target=160,trained=40", "--data", text, "--out", "out")
+@pytest.mark.parametrize(("family", "window"), [("mamba2", "none"), ("bamba", "64")])
+def test_patch_and_inspect_on_the_command_line(family, window, longctx, folder, text, tmp_path):  # noqa: F811
+    run = longctx("patch", folder(family), "-m", "delta_filter:target=160,trained=40", "--data", text, "--out", "out")
     assert (run.status, run.out) == (0, "out: step sizes changed by delta_filter; proved\n")
     run = longctx("inspect", "out")
     lines = dict(line.split(maxsplit=1) for line in run.out.splitlines() if line.split()[0] in ("family", "methods", "window", "state"))
-    assert lines == {"family": "mamba2", "methods": "delta_filter", "window": "none", "state": "True"}
-    run = longctx("patch", folder("mamba2"), "-m", "mamba_extend:target=60", "--out", "other")
+    assert lines == {"family": family, "methods": "delta_filter", "window": window, "state": "True"}
+    run = longctx("patch", folder(family), "-m", "mamba_extend:target=60", "--out", "other")
     assert (run.status, run.out) == (2, "")
     assert run.err == "longctx: mamba_extend has to be calibrated: give training text as data (--data FILE), or scales\n"
 

@@ -24,11 +24,8 @@ from hf_longctx.method import StateShape
 def read_shape(config: PretrainedConfig) -> StateShape:
     """The StateShape of a configuration of `configs.DELTA_FAMILIES`."""
     name = family(config)
-    if CACHE_ARGUMENT[name] == "past_key_values":
-        channels = config.mamba_n_heads
-    else:
-        channels = config.num_heads if name == "mamba2" else config.intermediate_size
-    return StateShape(name, len(places(config)), channels)
+    channels = {"mamba": "intermediate_size", "falcon_mamba": "intermediate_size", "mamba2": "num_heads"}.get(name, "mamba_n_heads")
+    return StateShape(name, len(places(config)), getattr(config, channels))
 
 
 def places(config: PretrainedConfig) -> dict[int, int]:
