@@ -522,7 +522,7 @@ def test_calibration_is_measured_on_the_model(family, channels, text):
     model = stock(family)
     model.config.logits_scaling = 3.0
     windows = torch.from_numpy(choose_windows(load_documents(DataSource(str(text)), None), 3, 20, "it"))
-    item = method("mamba_extend", scales=0.7)
+    item = method("mamba_extend", scales=[0.7, 1.6])
     found = TextSteps(model, windows)
     live = hf_longctx.patch(copy.deepcopy(model), item)
     with torch.no_grad():
