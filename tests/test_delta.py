@@ -626,6 +626,23 @@ def test_a_hybrid_without_rope(tmp_path):
     )
 
 
+def test_experts_stand_beside(tmp_path):
+    """Attention comes first, so that no layer is at its place among those with a state; the proof on a folder has no values to choose experts by."""
+    config = copy.deepcopy(stock("granitemoehybrid").config)
+    config.num_local_experts, config.num_experts_per_tok = 4, 2
+    config.layer_types = ["full_attention", "linear_attention", "linear_attention"]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(15 if parameter.dim() > 1 else 1)
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    before = logits(model)
+    hf_longctx.patch(tmp_path / "base", spec("mamba_extend"), tmp_path / "out")
+    found = logits(load(tmp_path / "out"))
+    assert (found - before).abs().max() > 0.1
+    close(found, logits(hf_longctx.patch(model, spec("mamba_extend"))))
+
+
 @METHODS
 def test_attention_alone_has_no_step_sizes(name, text):
     config = copy.deepcopy(stock("granitemoehybrid").config)
