@@ -198,7 +198,7 @@ LAYERS = {
     "kernels": set(),
     "integration": {"kernels", "method", "modules", "schema"},
     "patching": {"integration", "method", "schema", "__version__"},
-    "calibration": {"data", "loss", "patching", "integration", "recipe", "method", "schema"},
+    "calibration": {"data", "scoring", "task", "patching", "integration", "recipe", "method", "schema"},
     "checkpoint": {"calibration", "patching", "integration", "recipe", "method", "schema", "files", "__version__"},
     "lora": {"integration", "recipe"},
     "loss": {"lora"},
