@@ -26,10 +26,10 @@ FLOOR = 0.01
 class MambaExtend(Method):
     """Delta_t := s_l softplus(dt_t + b) in layer l: below 1, states decay more slowly and take in less of each token.
 
-    `scales`: s_l of each state-space layer in order (a hybrid's attention layers have none), or one number for all. Without them they are sought on `samples` windows of `target` tokens: s starts
-    from U(0.75, 1); step k draws p from {-1, 1}^layers, evaluates the perplexity P at s +- c_k p, c_k = 0.1 / (1 + k)^0.1, moves to s
-    - a_k (P_+ - P_-) / (2 c_k) p, a_k = 0.001 cos(pi k / 198), or to the better probe if that has less perplexity; no s is below
-    0.01."""
+    `scales`: s_l of each state-space layer in order (a hybrid's attention layers have none), or one number for all. Without them they
+    are sought on `samples` windows of `target` tokens: s starts from U(0.75, 1); step k draws p from {-1, 1}^layers, evaluates the
+    perplexity P at s +- c_k p, c_k = 0.1 / (1 + k)^0.1, moves to s - a_k (P_+ - P_-) / (2 c_k) p, a_k = 0.001 cos(pi k / 198), or to
+    the better probe if that has less perplexity; no s is below 0.01."""
 
     paper = "https://openreview.net/forum?id=LgzRo1RpLS"
     scales: float | tuple[float, ...] | None = None
