@@ -55,7 +55,7 @@ class Launch(NamedTuple):
     channels: int
 
 
-# The first is used: on an H200 the fastest of these, which tests/benchmarks/state_speed.py compares.
+# The first is used: forward as the second, backward as the last, which were the fastest at it on an H200. tests/benchmarks/state_speed.py compares them.
 LAUNCHES = (Launch(1, 4, 4, 32), Launch(1, 4, 1, 32), Launch(1, 1, 1, 64), Launch(1, 16, 4, 32))
 
 
