@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hf_longctx.integration import state
 from hf_longctx.integration.cache import TextCache, fast_over_cache, make_cache
 from hf_longctx.integration.configs import family
 from hf_longctx.lora import base_model
-from hf_longctx.scoring import Reader
+from hf_longctx.scoring import Reader, batches
 from hf_longctx.task import Cell, Scored
 
 OnTokens = Callable[[int], None]
@@ -45,7 +46,7 @@ def decode_cells(
     reader = Reader(base, batch_size, chunk, cache)
     outputs: dict[int, Scored] = {}
     with torch.no_grad(), _settings_aside(base) as own:
-        for batch in _batches(reader, cells):
+        for batch in batches(cells, partial(_rows, reader)):
             mine = [cells[i] for i in batch]
             assert all(cell.free and cell.start == len(cell.ids) for cell in mine)
             outputs |= zip(batch, _write(reader, mine, _ends(own), on_tokens or (lambda _: None)), strict=True)
@@ -68,19 +69,11 @@ def _ends(settings: GenerationConfig) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _batches(reader: Reader, cells: Sequence[Cell]) -> Iterator[list[int]]:
-    """Indices of cells that are written on together."""
+def _rows(reader: Reader, cells: Sequence[Cell]) -> int:
+    """Of cells of one length that are written on together."""
     if not _grows(reader) or reader.batch_size is not None:
-        yield from reader.batches(cells)
-        return
-    alike: dict[int, list[int]] = {}
-    for i, cell in enumerate(cells):
-        alike.setdefault(len(cell.ids), []).append(i)
-    for length, indices in sorted(alike.items()):
-        held = _bytes_a_token(reader) * max(cells[i].stop for i in indices)
-        rows = max(reader.rows(length), _held(reader.device) // held)
-        for start in range(0, len(indices), rows):
-            yield indices[start : start + rows]
+        return reader.rows(cells)
+    return max(reader.rows(cells), _held(reader.device) // (_bytes_a_token(reader) * max(cell.stop for cell in cells)))
 
 
 def _grows(reader: Reader) -> bool:
@@ -109,7 +102,7 @@ def _write(reader: Reader, cells: Sequence[Cell], ends: list[int], on_tokens: On
     most = [cell.stop - cell.start for cell in cells]
     settings = GenerationConfig(do_sample=False, max_new_tokens=max(most), eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
     reader.base.get_decoder()(input_ids=ids[:1, :1], use_cache=False)  # RoPE that remembers the longest text forgets the batch before
-    prompt = _prompt(reader, ids, max(most), on_tokens)
+    prompt = _prompt(reader, cells, ids, max(most), on_tokens)
     watch = _Watch(len(cells), max(most), on_tokens)
     on_tokens(prompt["input_ids"].numel())
     made = reader.base.generate(**prompt, generation_config=settings, logits_processor=LogitsProcessorList([watch]))
@@ -119,13 +112,13 @@ def _write(reader: Reader, cells: Sequence[Cell], ends: list[int], on_tokens: On
     return [_scored(*row, ends) for row in zip(written, nll, most, strict=True)]
 
 
-def _prompt(reader: Reader, ids: Tensor, new: int, on_tokens: OnTokens) -> dict[str, Any]:
+def _prompt(reader: Reader, cells: Sequence[Cell], ids: Tensor, new: int, on_tokens: OnTokens) -> dict[str, Any]:
     """Arguments of `generate`: what is left of the prompts, and the cache of what was read before where they are read in pieces.
 
     `generate` itself does that only with a cache called `past_key_values`."""
     config, (rows, length) = reader.config, ids.shape
     if _grows(reader) and length > 1:
-        return {"input_ids": ids[:, -1:], "attention_mask": torch.ones_like(ids), "past_key_values": _read(reader, ids[:, :-1], length + new, on_tokens)}
+        return {"input_ids": ids[:, -1:], "attention_mask": torch.ones_like(ids), "past_key_values": _read(reader, cells, length + new, on_tokens)}
     *pieces, last = ids.split(reader.tokens(length, rows), dim=1)
     if not pieces and reader.cache == "dynamic":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -141,13 +134,12 @@ def _prompt(reader: Reader, ids: Tensor, new: int, on_tokens: OnTokens) -> dict[
     return {"input_ids": last, "attention_mask": torch.ones_like(ids if name == "past_key_values" else last), name: cache}
 
 
-def _read(reader: Reader, ids: Tensor, room: int, on_tokens: OnTokens) -> Cache:
-    """Keys and values of texts of one length, read as many at a time as fill a pass."""
-    (texts, length), cache = ids.shape, TextCache(reader.config, room, len(ids))
-    size = reader.rows(length)
+def _read(reader: Reader, cells: Sequence[Cell], room: int, on_tokens: OnTokens) -> Cache:
+    """Keys and values of prompts of one length but for their last tokens, read as many at a time as fill a pass."""
+    ids, cache, size = reader.ids(cells, 0, -1), TextCache(reader.config, room, len(cells)), reader.rows(cells)
     with fast_over_cache(reader.base) as fast:
-        for first in range(0, texts, size):
-            cache.rows = slice(first, min(first + size, texts))
+        for first in range(0, len(cells), size):
+            cache.rows = slice(first, min(first + size, len(cells)))
             cache.crop(cache.get_seq_length())
             for _, hidden, _ in reader.over(cache, ids[cache.rows], fast):
                 on_tokens(hidden[..., 0].numel())

@@ -71,7 +71,7 @@ def score_cells(
         for group in _groups(cells) if share and reader.shares else []:
             outputs |= reader.score_group(cells, group, fast, on_tokens)
         alone = [i for i in range(len(cells)) if i not in outputs]
-        for batch in reader.batches([cells[i] for i in alone]):
+        for batch in batches([cells[i] for i in alone], reader.rows):
             indices = [alone[i] for i in batch]
             outputs |= zip(indices, reader.score_alone([cells[i] for i in indices], fast, on_tokens), strict=True)
     return [outputs[i] for i in range(len(cells))]
@@ -80,8 +80,8 @@ def score_cells(
 def attempts(config: PretrainedConfig, cells: Sequence[Cell], batch_size: int | None, chunk: int | None, device: str) -> list[tuple[int | None, int | None]]:
     """Batch size and chunk to read cells with, then what to try where memory did not suffice: one by one, and in small chunks."""
     found = [(batch_size, chunk)]
-    beside = max(map(len, batches(cells, config, batch_size, chunk, device)), default=1)
-    if beside > 1 or (batch_size is None and len(cells) > 1 and any(cell.free for cell in cells)):
+    beside = batches(cells, lambda alike: batch_size or _rows(config, len(alike[0].ids), chunk, device))
+    if max(map(len, beside), default=1) > 1 or (batch_size is None and len(cells) > 1 and any(cell.free for cell in cells)):
         found.append((1, chunk))
     small = _at_once(device) // 64
     if _why_at_once(config) is None and small < min(chunk or small + 1, max(len(cell.ids) for cell in cells)):
@@ -116,13 +116,13 @@ def _at_once(device: str) -> int:
     return _TOKENS_AT_ONCE.get(device, _TOKENS_AT_ONCE["cpu"])
 
 
-def batches(cells: Sequence[Cell], config: PretrainedConfig, batch_size: int | None, chunk: int | None, device: str) -> Iterator[list[int]]:
-    """Indices of cells that are read together: of equal length, with the same things asked of each."""
+def batches(cells: Sequence[Cell], rows: Callable[[Sequence[Cell]], int]) -> Iterator[list[int]]:
+    """Indices of cells that are read together: of equal length, with the same things asked of each, `rows(those)` of them at a time."""
     alike: dict[Any, list[int]] = {}
     for i, cell in enumerate(cells):
         alike.setdefault((len(cell.ids), cell.states_at, cell.distribution), []).append(i)
-    for (length, *_), indices in sorted(alike.items()):
-        size = batch_size or _rows(config, length, chunk, device)
+    for _, indices in sorted(alike.items()):
+        size = rows([cells[i] for i in indices])
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
@@ -232,13 +232,9 @@ class Reader:
     def at_once(self) -> int:
         return _at_once(self.device.type)
 
-    def batches(self, cells: Sequence[Cell]) -> Iterator[list[int]]:
-        """Indices of cells that are read together."""
-        return batches(cells, self.config, self.batch_size, self.chunk, self.device.type)
-
-    def rows(self, length: int) -> int:
-        """Sequences of so many tokens in one pass."""
-        return self.batch_size or _rows(self.config, length, self.chunk, self.device.type)
+    def rows(self, cells: Sequence[Cell]) -> int:
+        """Of cells of one length in one pass."""
+        return self.batch_size or _rows(self.config, len(cells[0].ids), self.chunk, self.device.type)
 
     def tokens(self, length: int, rows: int) -> int:
         """Of a sequence in one pass."""

@@ -91,10 +91,10 @@ def test_a_stop_behind_the_last_token_asks_for_the_models_choice():
 
 def test_batches_hold_cells_of_one_length_up_to_the_tokens_at_once(monkeypatch):
     cells, config = random_cells((10, 20, 10, 10, 20)), tiny_config()
-    assert list(scoring.batches(cells, config, 2, None, "cpu")) == [[0, 2], [3], [1, 4]]
-    assert list(scoring.batches(cells, config, None, None, "cpu")) == [[0, 2, 3], [1, 4]]
+    assert list(scoring.batches(cells, lambda alike: 2)) == [[0, 2], [3], [1, 4]]
+    assert list(scoring.batches(cells, lambda alike: scoring._rows(config, len(alike[0].ids), None, "cpu"))) == [[0, 2, 3], [1, 4]]
     monkeypatch.setitem(scoring._TOKENS_AT_ONCE, "cpu", 25)
-    assert list(scoring.batches(cells, config, None, None, "cpu")) == [[0, 2], [3], [1], [4]]
+    assert list(scoring.batches(cells, lambda alike: scoring._rows(config, len(alike[0].ids), None, "cpu"))) == [[0, 2], [3], [1], [4]]
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}])
