@@ -2,6 +2,7 @@
 
 import logging
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -444,7 +445,7 @@ class Offloaded(DynamicCache):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_an_offloaded_cache_shares_where_it_can_be_cropped(family, monkeypatch):
     """A sliding window of Transformers forgets; there each cell is read by itself, in chunks."""
-    monkeypatch.setattr(caches, "DynamicCache", Offloaded)
+    monkeypatch.setattr(caches, "_OffloadedCache", Offloaded)
     monkeypatch.setattr(scoring, "check_cache", lambda *args: None)
     monkeypatch.setattr(scoring, "make_cache", lambda kind, config, room, device: caches.make_cache(kind, config, room, "cuda"))
     small_passes(monkeypatch, 16 * 20)
@@ -453,6 +454,26 @@ def test_an_offloaded_cache_shares_where_it_can_be_cropped(family, monkeypatch):
     shapes = shapes_read(model, lambda: score_cells(model, cells, cache="offloaded"))
     assert max(length for _, length in shapes) == 20
     assert (sum(a * b for a, b in shapes) < sum(len(cell.ids) for cell in cells)) == (family == "llama")
+
+
+def test_an_offloaded_layer_is_fetched_when_it_has_left_the_device(monkeypatch):
+    """The stream that fetches waits for the one that computes, which also copies to the host."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "computing")
+    monkeypatch.setattr(caches.DynamicCache, "prefetch", lambda self, layer, only_non_sliding=True: told.append(layer))
+    cache = caches._OffloadedCache(config=tiny_model().config)
+    cache.prefetch_stream = SimpleNamespace(wait_stream=told.append)
+    cache.prefetch(1)
+    assert told == ["computing", 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_an_offloaded_cache_gives_the_same_numbers():
+    """Wide enough that copies to the host are still under way when the next layer is asked for."""
+    model = tiny_model(num_hidden_layers=8, hidden_size=1024, intermediate_size=2048, max_position_embeddings=2**15).cuda().bfloat16()
+    ids = torch.randint(3, model.config.vocab_size, (2**15,), generator=torch.Generator().manual_seed(0)).numpy()
+    kept, offloaded = (score_cells(model, [Cell(ids, 1, len(ids))], chunk=4096, cache=kind)[0].nll for kind in ("dynamic", "offloaded"))
+    assert np.abs(kept - offloaded).mean() < 0.01
 
 
 def test_a_quantized_cache_reads_each_cell_by_itself(monkeypatch):

@@ -58,13 +58,25 @@ def make_cache(kind: str, config: PretrainedConfig, room: int, device: str) -> C
     if kind == "offloaded":
         if device != "cuda":
             raise ValueError(f"an offloaded cache moves keys and values off a CUDA GPU, but the model is on {device}; leave out cache")
-        return DynamicCache(config=config, offloading=True)
+        return _OffloadedCache(config=config, offloading=True)
     try:
         return QuantizedCache("quanto", config)
     except ImportError:
         raise ValueError("a quantized cache needs optimum-quanto 0.2.6 or later: pip install optimum-quanto") from None
     except ValueError:
         raise ValueError(f"a quantized cache takes full attention in every layer, which {config.model_type} has not; leave out cache") from None
+
+
+class _OffloadedCache(DynamicCache):
+    """An offloaded cache whose layers are fetched only once they have left the device.
+
+    In Transformers 5.17 (5.23 does as here) the stream that fetches does not wait for the one that computes and copies to the host:
+    where nothing else waits for the device between two passes, keys are fetched before they have arrived.
+    """
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        super().prefetch(layer_idx, only_non_sliding)
 
 
 class TextCache(Cache):
