@@ -175,7 +175,7 @@ def load(
     config = AutoConfig.from_pretrained(folder)
     chosen = load_methods(methods)
     change, _ = patch_config(config, chosen)
-    target = _device(device)
+    target = chosen_device(device)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True,
         quantization_config=quantization_config, device_map=None if quantization_config is None or device is None else {"": target},
@@ -204,7 +204,7 @@ def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError("reading .gguf files needs the package gguf: pip install 'hf-longctx[gguf]'") from None
-    target = _device(device)
+    target = chosen_device(device)
     # Left out, the quantiser stays attached: such a model can be neither saved nor trained.
     quantization = GgufConfig(dequantize=True)
     kind = _dtype(dtype, target)
@@ -389,7 +389,8 @@ def _readers(config: PretrainedConfig) -> list[str]:
     return readers
 
 
-def _device(device: str | None) -> torch.device:
+def chosen_device(device: str | None = None) -> torch.device:
+    """The one that is named, or this process's accelerator, or the CPU."""
     try:
         return torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     except RuntimeError:

@@ -177,10 +177,11 @@ def _readable(path: Path) -> bool:
 
 
 def _build_model(what: Plan) -> tuple[nn.Module, str]:
-    """The model to train and the fingerprint of its base."""
+    """The model to train and the fingerprint of its base. One that is not loaded is made on the CPU, so that a seed gives the same everywhere."""
     recipe, spec = what.recipe, what.recipe.model
     if spec.config is not None:
         model = AutoModelForCausalLM.from_config(what.config, attn_implementation=spec.attn_implementation, dtype=torch.float32)
+        model.to(checkpoint.chosen_device())  # before anything runs it: the kernels of state-space models refuse tensors on the CPU
     else:
         # Full training needs float32 weights: updates are smaller than what bfloat16 can add.
         dtype = "float32" if recipe.lora is None and spec.dtype == "auto" else None if spec.dtype == "auto" else spec.dtype

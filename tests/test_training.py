@@ -177,6 +177,14 @@ def test_compilation_is_left_to_cuda_and_long_runs(recipe, monkeypatch, cuda, st
     assert training._compiles(what, model) is wanted
 
 
+def test_a_model_from_scratch_is_on_its_device_before_anything_runs_it(recipe, monkeypatch):
+    recipe |= {"model": {"config": tiny_config("llama").to_diff_dict(), "tokenizer": recipe["model"]["name"]}, "methods": [], "lora": None}
+    monkeypatch.setattr(checkpoint, "chosen_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda model: "")  # it reads weights, which there are none of
+    model, _ = training._build_model(planning.plan(planning.as_recipe(recipe)))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def test_layers_are_compiled_where_that_was_decided(recipe, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(training, "compile_layers", called.append)
