@@ -47,10 +47,11 @@ class _SummedLoss(torch.autograd.Function):
             soft = teacher and teacher._replace(hidden=teacher.hidden[part])
             loss, d_logits = block_loss(hidden[part], weight, labels[part], soft)
             total += loss
+            keep = (labels[part] != IGNORE)[:, None]  # here, where it is tokens x width: a pass over the logits costs more
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
+                d_hidden[part] = (d_logits @ weight) * keep
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part]
+                d_weight += d_logits.T @ (hidden[part] * keep)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -69,7 +70,7 @@ def _bounds(tokens: int, most: int) -> list[int]:
 
 
 def _block_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: "TeacherStates | None") -> tuple[Tensor, Tensor]:
-    """Summed loss of one block and its gradient with respect to the logits, in the dtype of `hidden`."""
+    """Summed loss of one block, and the gradient with respect to the logits as if every label counted, in the dtype of `hidden`."""
     log_p = _log_softmax(hidden, weight)
     keep = labels != IGNORE
     index = labels.clamp(min=0)[:, None]
@@ -84,11 +85,11 @@ def _block_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: "Teache
     if teacher is not None:
         d_logits.sub_(q, alpha=teacher.share)
     d_logits.scatter_add_(1, index, torch.full_like(index, -hard, dtype=d_logits.dtype))
-    return (loss * keep).sum(), d_logits.mul_(keep[:, None]).to(hidden.dtype)
+    return (loss * keep).sum(), d_logits.to(hidden.dtype)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.T).float().log_softmax(-1)
+    return (hidden @ weight.T).log_softmax(-1, dtype=torch.float32)
 
 
 @cache
@@ -106,9 +107,10 @@ def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor, compiled: bool =
         compiled: compile the blocks, which read nothing back to the CPU (liger-kernel does) and so fit into a CUDA graph.
         teacher: its states that predict `labels`.
 
-    Otherwise, on CUDA with liger-kernel installed, its fused kernel computes this; elsewhere blocks of torch operations do.
+    Otherwise, on CUDA with liger-kernel installed, its fused kernel computes this; elsewhere blocks of torch operations do, and where
+    `weight` is trained: that kernel adds up its gradient in the dtype of `weight`, in vocabulary / width steps.
     """
-    fused = _liger() if hidden.is_cuda and not compiled and teacher is None else None
+    fused = _liger() if hidden.is_cuda and not (compiled or teacher or weight.requires_grad) else None
     if fused is not None:
         return fused.apply(hidden, weight, labels, None, None, IGNORE, 0.0, 0.0, "sum")[0]
     return _SummedLoss.apply(hidden, weight, labels, compiled, teacher)
@@ -149,7 +151,12 @@ class BlockLoss:
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() and kwargs.get("attention_mask") is None:
             return  # an evaluation in the midst of training: its long rows are not to be kept
-        self.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        # As the head would do with its input: Trainer calls the loss where autocast is over, and float32 multiplies ten times slower.
+        # Not float16, where gradients that are not scaled yet would be flushed to zero.
+        device = hidden.device.type
+        lower = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        self.hidden = hidden.bfloat16() if lower else hidden
         self.batch = (kwargs["input_ids"], kwargs["attention_mask"]) if self.teacher else None
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

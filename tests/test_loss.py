@@ -114,6 +114,28 @@ def test_equals_the_models_own_loss(family):
         assert (wanted[name] - got[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
 
 
+def test_autocast_multiplies_in_its_dtype_as_the_models_own_head_does(monkeypatch):
+    """A model in float32: its last norm leaves hidden states in float32, and the embedding is."""
+    model = tiny_model()
+    ids = torch.arange(5, 45)[None]
+    seen, original = [], L.summed_loss
+    monkeypatch.setattr(L, "summed_loss", lambda hidden, weight, *rest: seen.append((hidden.dtype, weight.dtype)) or original(hidden, weight, *rest))
+
+    def gradient(loss):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **({"logits_to_keep": 1} if loss else {"labels": ids}))
+        (loss(out, ids) if loss else out.loss).backward()  # Trainer, too, has left autocast here
+        return model.get_output_embeddings().weight.grad.clone()
+
+    wanted, block = gradient(None), BlockLoss(model)
+    got = gradient(block)
+    block.close()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert got.dtype == torch.float32
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_accumulating_four_batches_equals_one():
     model = tiny_model()
     loss = BlockLoss(model)
