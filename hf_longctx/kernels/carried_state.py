@@ -7,8 +7,8 @@ gated, out and its gradients would each be read and written once more.) The back
 kernel takes on, and those of what is above; y + .. is computed again and not kept.
 
 The cost is that of the exponentials, [batch, channels, state, tokens] of them. They stay in registers: a thread has a few tokens and
-all n of a group. They are skipped in tiles of time at whose beginning 2^x is below 2^-40, 1e-12 of what it began with, for a whole
-group of n: steps are positive, so it stays so. Within a tile, elapsed time is a prefix sum.
+all n of a group. They are skipped in tiles of time at whose beginning 2^x is below 2^-24, where float32 rounds, for a whole group
+of n: steps are positive, so it stays so. Within a tile, elapsed time is a prefix sum.
 
 A program of the forward walks through time with one channel. One of the backward has one tile of time and walks through channels,
 because dc is a sum over channels, kept in registers; sums over programs are done by torch, so that results do not depend on the order
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from hf_longctx.kernels._triton import interpreted, jit, tl, triton
 
 _LOG2E = triton is not None and tl.constexpr(1.4426950408889634)
-_LEAST = triton is not None and tl.constexpr(-40.0)  # of x, such that 2^x counts
+_LEAST = triton is not None and tl.constexpr(-24.0)  # of x, such that 2^x counts
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STATES = 64  # the largest state: the backward pass has one number for each in registers
 _ELEMENTS = 64  # of a thread in [state, tokens], in the backward pass
@@ -75,9 +75,9 @@ def serves(y: Tensor, dt: Tensor, a: Tensor, c: Tensor, z: Tensor | None) -> boo
 
 
 @_jit
-def _steps(dt, bias, d, t, inside, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+def _steps(dt, bias, d, inside, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """delta of a tile, zero outside, and its derivative with respect to dt."""
-    x = tl.load(dt + t, mask=inside, other=0.0).to(tl.float32)
+    x = dt.to(tl.float32)
     if BIAS:
         x += tl.load(bias + d).to(tl.float32)
     if SOFTPLUS:
@@ -108,6 +108,13 @@ def _alive(a, elapsed, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @_jit
+def _read(dt, y, z, t, inside, GATE: tl.constexpr):
+    """Of a tile, what is not kept from one to the next."""
+    of_y = tl.load(y + t, mask=inside, other=0.0)
+    return tl.load(dt + t, mask=inside, other=0.0), of_y, tl.load(z + t, mask=inside, other=0.0) if GATE else of_y
+
+
+@_jit
 def _forward(
     y, dt, z, a, c, start, bias, out, starts, total, channels, tokens, tiles,
     N: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
@@ -119,14 +126,19 @@ def _forward(
     at = row * tokens
     c += tl.cast(b, tl.int64) * tiles * (N * TILE)
     elapsed = tl.full([], 0.0, tl.float32)
+    t = tl.arange(0, TILE)
+    inside = (t < tokens) | EVEN
+    next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
     for tile in range(0, tiles):
+        this_dt, this_y, this_z = next_dt, next_y, next_z
         t = tile * TILE + tl.arange(0, TILE)
         inside = (t < tokens) | EVEN
-        delta, _ = _steps(dt + at, bias, d, t, inside, BIAS, SOFTPLUS)
+        next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t + TILE, t + TILE < tokens, GATE)
+        delta, _ = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         if KEEP:
             tl.store(starts + row * tiles + tile, elapsed)
         time = elapsed + tl.cumsum(delta, 0)
-        value = tl.load(y + at + t, mask=inside, other=0.0).to(tl.float32)
+        value = this_y.to(tl.float32)
         for first in tl.static_range(0, N, GROUP):
             n = first + tl.arange(0, GROUP)
             if _alive(a + d * N + first, elapsed, GROUP, SOFTPLUS):
@@ -135,7 +147,7 @@ def _forward(
                 weights = tl.load(c + tile * (N * TILE) + n[:, None] * TILE + tl.arange(0, TILE)[None, :])
                 value += tl.sum(weights * (h[:, None] * tl.exp2(rate[:, None] * time[None, :])), 0)
         if GATE:
-            gate = tl.load(z + at + t, mask=inside, other=0.0).to(tl.float32)
+            gate = this_z.to(tl.float32)
             value = value * (gate / (1 + tl.exp(-gate)))
         tl.store(out + at + t, value.to(out.dtype.element_ty), mask=inside)
         elapsed += tl.sum(delta, 0)
@@ -161,17 +173,25 @@ def _backward(
         weights = tl.load(c + (first + tl.arange(0, GROUP))[:, None] * TILE)
         # Zeros, in registers as c is: a loop keeps the layout that it begins with, and another would have all be computed twice.
         sums += (weights - weights,)  # type: ignore[assignment]
-    for d in range(block * count, tl.minimum(block * count + count, channels)):
+    first_row = wide * channels + block * count
+    at = first_row * tokens
+    end = tl.minimum(block * count + count, channels)
+    next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
+    next_g, next_elapsed = tl.load(dout + at + t, mask=inside, other=0.0), tl.load(starts + first_row * tiles + tile)
+    for d in range(block * count, end):
+        this_dt, this_y, this_z, this_g, elapsed = next_dt, next_y, next_z, next_g, next_elapsed
         row = wide * channels + d
         at = row * tokens
-        elapsed = tl.load(starts + row * tiles + tile)
-        delta, _ = _steps(dt + at, bias, d, t, inside, BIAS, SOFTPLUS)
+        more = inside & (d + 1 < end)
+        next_dt, next_y, next_z = _read(dt + at + tokens, y + at + tokens, z + at + tokens if GATE else z, t, more, GATE)
+        next_g, next_elapsed = tl.load(dout + at + tokens + t, mask=more, other=0.0), tl.load(starts + (row + 1) * tiles + tile, mask=d + 1 < end)
+        delta, _ = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         time = elapsed + tl.cumsum(delta, 0)
-        g = tl.load(dout + at + t, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(y + at + t, mask=inside, other=0.0).to(tl.float32)
+        g = this_g.to(tl.float32)
+        value = this_y.to(tl.float32)
         slope = tl.zeros([TILE], tl.float32)
         if GATE:
-            gate = tl.load(z + at + t, mask=inside, other=0.0).to(tl.float32)
+            gate = this_z.to(tl.float32)
             share = 1 / (1 + tl.exp(-gate))
             slope = g * share * (1 + gate * (1 - share))
             g = g * gate * share
@@ -222,11 +242,15 @@ def _to_steps(
     at = row * tokens
     later = tl.load(dtotal + row)
     sums = tl.zeros([TILE], tl.float32)
+    t = (tiles - 1) * TILE + tl.arange(0, TILE)
+    inside = (t < tokens) | EVEN
+    next_moved, next_dt = tl.load(dtime + at + t, mask=inside, other=0.0), tl.load(dt + at + t, mask=inside, other=0.0)
     for i in range(0, tiles):
+        moved, this_dt = next_moved, next_dt
         t = (tiles - 1 - i) * TILE + tl.arange(0, TILE)
         inside = (t < tokens) | EVEN
-        moved = tl.load(dtime + at + t, mask=inside, other=0.0)
-        _, slope = _steps(dt + at, bias, d, t, inside, BIAS, SOFTPLUS)
+        next_moved, next_dt = tl.load(dtime + at + t - TILE, mask=t >= TILE, other=0.0), tl.load(dt + at + t - TILE, mask=t >= TILE, other=0.0)
+        _, slope = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         found = (tl.cumsum(moved, 0, reverse=True) + later) * slope
         tl.store(ddt + at + t, found.to(ddt.dtype.element_ty), mask=inside)
         sums += tl.where(inside, found, 0.0)

@@ -62,7 +62,7 @@ def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: ar
         (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}")
     task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
     trained = time.perf_counter()
-    rows = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data)
+    rows = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
     values = [found["value"] for found in rows if found["metric"] in ("perplexity", "failed")]
     told = " / ".join("failed" if value is None else f"{value:.4g}" for value in values)
     print(f"{row}@{seed}: {told} (trained in {(folder / 'seconds').read_text()} s, read in {time.perf_counter() - trained:.0f} s)", flush=True)
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lengths", default="512,1k,2k,4k,8k,16k")
+    parser.add_argument("--dtype", help="of the weights that read; a state's decay wants float32")
     parser.add_argument("--spans", type=int, default=4, help="a document")
     parser.add_argument("--tokens", type=int, default=256, help="of a span")
     parser.add_argument("--baseline", default="alibi")
