@@ -87,6 +87,7 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
         trainer.train(resume_from_checkpoint=last)
     if guard.asked:
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; add --resume to go on")
+    trainer.save_state()  # the log of the run, to its end
     if main:
         _save_result(what, model, folder, mark, trainer.state.global_step)
         if push:

@@ -3,10 +3,11 @@
     python tests/benchmarks/scratch.py --set model.tokenizer=SMOLLM2 --set data=[{path: train.npz}] --data validation.npz \\
         --rows rope,alibi,mep,mep_learned --seeds 3 --lengths 512,1k,2k,4k,8k,16k --baseline alibi --workers 4 --out scratch
 
-and `--recipe scratch-mamba-512 --rows zero,carry --baseline zero` for state passing. Prints three tables, mean over seeds and the
-half-width of its 95 % interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change
-from the shortest length, same model, same tokens, with the largest upper end of its intervals over documents. A picture of the first
-lies in --out. What is there already is not run again; `--table` runs nothing.
+and `--recipe scratch-mamba-512 --rows zero,carry,zero>carry --baseline zero` for state passing: `zero>carry` trains what `zero` left for
+--more times as many steps, at a third of the learning rate. Prints four tables, mean over seeds and the half-width of its 95 %
+interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change from the shortest
+length, same model, same tokens, with the largest upper end of its intervals over documents; the loss in training. A picture of the
+first lies in --out. What is there already is not run again; `--table` runs nothing.
 """
 
 import argparse
@@ -54,11 +55,24 @@ def methods_of(row: str, window: int) -> tuple[dict[str, Any], ...]:
     return tuple(spec | {"target": window} if spec["name"] == "nope" else spec for spec in (ROWS | STATES)[row])
 
 
+def recipe_of(row: str, seed: int, recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """Of a row: from scratch, or from the model of another row."""
+    before, _, last = row.rpartition(">")
+    changed = replace(recipe, methods=methods_of(last, recipe.window), seed=seed)
+    if not before:
+        return changed
+    model = replace(recipe.model, config=None, name=str(options.out / f"{before}@{seed}/model"))
+    train = {"max_steps": max(1, round(options.more * recipe.train["max_steps"])), "learning_rate": recipe.train["learning_rate"] / 3, "warmup_steps": 0}
+    return replace(changed, model=model, train=recipe.train | train)
+
+
 def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: argparse.Namespace) -> None:
     """Train one model and read the documents with it."""
     folder, start = options.out / f"{row}@{seed}", time.perf_counter()
     if not (folder / "seconds").exists():
-        finetune(replace(recipe, methods=methods_of(row, recipe.window), seed=seed), folder / "model", overwrite=True)
+        finetune(recipe_of(row, seed, recipe, options), folder / "model", overwrite=True)
+        log = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
+        (folder / "losses.json").write_text(json.dumps({entry["step"]: entry["loss"] for entry in log if "loss" in entry}))
         (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}")
     task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
     trained = time.perf_counter()
@@ -88,6 +102,13 @@ def results(folder: Path) -> tuple[dict[int, float], dict[int, tuple[float, floa
     return values, {found["length"]: (100 * found["value"], 100 * found["ci_high"]) for found in changed}
 
 
+def losses(folder: Path, parts: int = 8) -> list[float]:
+    """Of training, the mean of each eighth of its steps; empty where a run is not."""
+    path = folder / "losses.json"
+    logged = list(json.loads(path.read_text()).values()) if path.exists() else []
+    return [float(np.mean(part)) for part in np.array_split(logged, parts)] if len(logged) >= parts else []
+
+
 def spread(values: list[float]) -> str:
     """Mean and half-width."""
     if len(values) < 2:
@@ -110,7 +131,7 @@ def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
 def report(rows: list[str], lengths: list[int], options: argparse.Namespace) -> None:
     """The tables and the picture, of the runs that are there."""
     values: dict[str, dict[int, list[float]]] = {}
-    table: list[dict[str, list[str]]] = [{}, {}, {}]
+    table: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for row in rows:
         runs = [(results(options.out / f"{row}@{seed}"), results(options.out / f"{options.baseline}@{seed}")[0]) for seed in range(options.seeds)]
         runs = [run for run in runs if run[0][0]]
@@ -120,9 +141,13 @@ def report(rows: list[str], lengths: list[int], options: argparse.Namespace) -> 
         table[0][row] = [spread(values[row].get(n, [])) for n in lengths]
         table[1][row] = [spread(change[n]) for n in lengths]
         table[2][row] = [spread([g for g, _ in growth[n]]) + (f" ({max(top for _, top in growth[n]):+.2f})" if growth[n] else "") for n in lengths[1:]]
-    for title, cells in zip(("perplexity", f"change from {options.baseline}, %", f"change from {format_size(lengths[0])}, % (most)"), table, strict=True):
-        shown = lengths[-len(next(iter(cells.values()))) :]
-        print(f"\n| {title} | " + " | ".join(format_size(n) for n in shown) + " |\n|" + " --- |" * (len(shown) + 1))
+        logged = [there for seed in range(options.seeds) if (there := losses(options.out / f"{row}@{seed}"))]
+        table[3][row] = [spread(list(each)) for each in zip(*logged)] or [""] * 8
+    names = [format_size(n) for n in lengths]
+    titles = ("perplexity", names), (f"change from {options.baseline}, %", names), (f"change from {names[0]}, % (most)", names[1:])
+    eighths = [f"{i}/8" for i in range(1, 9)]
+    for (title, shown), cells in zip((*titles, ("loss, mean of each eighth of training", eighths)), table, strict=True):
+        print(f"\n| {title} | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
         for row, each in cells.items():
             print(f"| {row} | " + " | ".join(each) + " |")
     if any(values.values()):
@@ -141,6 +166,7 @@ def main() -> None:
     parser.add_argument("--spans", type=int, default=4, help="a document")
     parser.add_argument("--tokens", type=int, default=256, help="of a span")
     parser.add_argument("--baseline", default="alibi")
+    parser.add_argument("--more", type=float, default=0.05, help="of the steps, for rows with >")
     parser.add_argument("--workers", type=int, default=1, help="processes, dealt to the GPUs")
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     parser.add_argument("--out", type=Path, required=True)
@@ -152,9 +178,10 @@ def main() -> None:
     if left and not options.table:
         about = spawn.Value("i", 0), torch.cuda.device_count()
         with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=start_worker, initargs=about) as pool:
-            for run in [pool.submit(measure, row, seed, recipe, lengths, options) for row, seed in left]:
-                if (problem := run.exception()) is not None:  # the others go on
-                    print(f"{type(problem).__name__}: {problem}", flush=True)
+            for depth in sorted({row.count(">") for row, _ in left}):  # what others begin with comes first
+                for run in [pool.submit(measure, row, seed, recipe, lengths, options) for row, seed in left if row.count(">") == depth]:
+                    if (problem := run.exception()) is not None:  # the others go on
+                        print(f"{type(problem).__name__}: {problem}", flush=True)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{machine}, torch {torch.__version__}, transformers {transformers.__version__}; {recipe.train.get('max_steps')} steps, {options.seeds} seeds")
     report(rows, lengths, options)
