@@ -276,7 +276,7 @@ def _compiles(what: Plan, model: nn.Module) -> bool:
     """Whether compiling pays: `compile: auto` needs a GPU, enough steps, and layers that compile well."""
     if what.recipe.compile != "auto":
         return what.recipe.compile == "on"
-    special = is_quantised(base_model(model)) or is_ours(what.config)  # a bias is added block by block, in a loop that compiles badly
+    special = is_quantised(base_model(model)) or is_ours(what.config)  # it asks for its layer's number: each layer would be compiled by itself
     special = special or what.passing is not None  # states come from outside the graph
     return torch.cuda.is_available() and what.steps >= 50 and not special
 
