@@ -114,8 +114,9 @@ def test_equals_the_models_own_loss(family):
         assert (wanted[name] - got[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-6, name
 
 
-def test_autocast_multiplies_in_its_dtype_as_the_models_own_head_does(monkeypatch):
-    """A model in float32: its last norm leaves hidden states in float32, and the embedding is."""
+@pytest.mark.parametrize(("autocast", "multiplied"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_bfloat16_autocast_multiplies_as_the_models_own_head_does(monkeypatch, autocast, multiplied):
+    """A model in float32: its last norm leaves hidden states in float32, and the embedding is. Gradients of logits are too small for float16."""
     model = tiny_model()
     ids = torch.arange(5, 45)[None]
     seen, original = [], L.summed_loss
@@ -123,7 +124,7 @@ def test_autocast_multiplies_in_its_dtype_as_the_models_own_head_does(monkeypatc
 
     def gradient(loss):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", autocast):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **({"logits_to_keep": 1} if loss else {"labels": ids}))
         (loss(out, ids) if loss else out.loss).backward()  # Trainer, too, has left autocast here
         return model.get_output_embeddings().weight.grad.clone()
@@ -131,7 +132,7 @@ def test_autocast_multiplies_in_its_dtype_as_the_models_own_head_does(monkeypatc
     wanted, block = gradient(None), BlockLoss(model)
     got = gradient(block)
     block.close()
-    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert seen == [(multiplied, multiplied)]
     assert got.dtype == torch.float32
     assert (got - wanted).norm() < 0.02 * wanted.norm()
 
