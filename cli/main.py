@@ -78,7 +78,9 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
             _fail(error.format_message(), 2)
-        if type(error).__name__ == "Abort":  # what older parsers make of Ctrl-C
+        if isinstance(error.__cause__, EOFError):  # the parser takes the end of any file for Ctrl-D
+            error = error.__cause__
+        elif type(error).__name__ == "Abort":  # what older parsers make of Ctrl-C
             _fail("interrupted", 130)
         _fail(f"{type(error).__name__}: {error} (LONGCTX_TRACEBACK=1 shows where)", 1)
     if status == 130:  # what the parser makes of Ctrl-C

@@ -175,6 +175,7 @@ def load(
     config = AutoConfig.from_pretrained(folder)
     chosen = load_methods(methods)
     change, _ = patch_config(config, chosen)
+    files.check_whole(folder)
     target = chosen_device(device)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=_dtype(dtype, target), attn_implementation=attn_implementation, use_safetensors=True,
@@ -197,9 +198,16 @@ def load_tokenizer(folder: Path, window: int | None, **options: Any) -> PreTrain
     return tokenizer
 
 
-def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
+def _check_gguf(path: Path) -> None:
+    """Raises ValueError for a file that is not there, or empty."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+
+
+def _load_gguf(path: Path, methods: Specs, dtype: Any, device: str | None, attn_implementation: str | None) -> Loaded:
+    _check_gguf(path)
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -236,6 +244,7 @@ def _load_adapter(
     from peft import PeftModel
 
     note = read_sidecar(folder)
+    files.check_whole(folder)
     name = base or note["base"]
     revision = None if base else note["revision"]
     loaded = load(
@@ -335,8 +344,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> dict[str
     """
     if is_gguf(model):
         path = Path(model)
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist")
+        _check_gguf(path)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         return _describe(config, "GGUF") | {"loads_with": ["llama.cpp", "transformers>=5 (dequantised)"]}
     folder = files.local_folder(model, revision, weights=False) if not Path(model).exists() else Path(model)

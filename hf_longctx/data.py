@@ -165,7 +165,7 @@ def _read_npz(source: DataSource) -> Documents:
     try:
         with np.load(path) as arrays:
             documents = [arrays[name] for name in arrays.files]
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile):  # not an .npz at all, or one with pickled objects
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile):  # not an .npz at all, an empty file, or pickled objects
         raise ValueError(wrong) from None
     if not documents or any(d.ndim != 1 or not np.issubdtype(d.dtype, np.integer) for d in documents):
         raise ValueError(wrong)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
 
 SIDECAR = "longctx.json"
 RECIPE = "recipe.yaml"  # of the run that made a folder
@@ -39,6 +40,16 @@ def local_folder(name: str | Path, revision: str | None = None, weights: bool = 
             raise ValueError(f"{name} has its weights only as {pickled} (pickle); convert it to safetensors first")
         raise ValueError(f"{name} has no *.safetensors weights")
     return folder
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError for weights that a copy or a download left unfinished; reads headers only."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); download or copy it again") from None
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,16 @@ def test_weights_in_pickle_are_refused(name, match, tmp_path):
         hf_longctx.load(tmp_path)
 
 
+@pytest.mark.parametrize("left", [0, 1000, -1])
+def test_weights_cut_short_are_refused_by_name(base, tmp_path, left):
+    """By a copy or a download that was stopped half-way: in the header, and behind it."""
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"cut/model.safetensors is damaged or cut short"):
+        hf_longctx.load(tmp_path / "cut")
+
+
 def test_no_such_model(tmp_path):
     """The hub is switched off in the tests."""
     refused("no-one/nothing", "no folder here, and the hub cannot be reached", out=tmp_path / "out")
@@ -266,6 +277,8 @@ def test_no_such_model(tmp_path):
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file", out=tmp_path / "out")
     refused(tmp_path / "no.gguf", "does not exist", out=tmp_path / "out")
+    (tmp_path / "empty.gguf").touch()
+    refused(tmp_path / "empty.gguf", "is empty", out=tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         files.read_json(tmp_path / "config.json")

@@ -503,6 +503,18 @@ def test_what_nobody_foresaw_is_status_1(longctx, recipe_file, monkeypatch, erro
     assert err.count("\n") == 1
 
 
+def test_the_end_of_a_file_is_no_ctrl_c(longctx, base, monkeypatch):
+    """The parser prints an empty line for it."""
+
+    def cut(*args, **options):
+        raise EOFError("no data left in file")
+
+    monkeypatch.setattr("hf_longctx.checkpoint.inspect_model", cut)
+    status, out, err = longctx("inspect", base)
+    assert (status, out) == (1, "")
+    assert err.strip().startswith("longctx: EOFError: no data left in file")
+
+
 def test_ctrl_c_anywhere_is_status_130(longctx, base, monkeypatch):
     def stopped(*args, **options):
         raise KeyboardInterrupt

@@ -336,6 +336,7 @@ def test_a_full_disk_leaves_no_half_cache(tmp_path, cache, monkeypatch):
         ("t.csv", b"a,b", "expected .txt, .jsonl, .parquet"),
         ("none.npz", None, "does not exist"),
         ("bad.npz", b"nope", "must hold 1-D integer arrays"),
+        ("empty.npz", b"", "must hold 1-D integer arrays"),
         ("float.npz", [0.5, 1.0], "must hold 1-D integer arrays"),
         ("square.npz", [[1, 2]], "must hold 1-D integer arrays"),
         ("pickle.npz", np.array([{}]), "must hold 1-D integer arrays"),
