@@ -55,8 +55,8 @@ class Launch(NamedTuple):
     channels: int
 
 
-# The first is used: forward as the second, backward as the last, which were the fastest at it on an H200. tests/benchmarks/state_speed.py compares them.
-LAUNCHES = (Launch(1, 4, 4, 32), Launch(1, 4, 1, 32), Launch(1, 1, 1, 64), Launch(1, 16, 4, 32))
+# The first is used, the fastest on an H200; tests/benchmarks/state_speed.py compares them.
+LAUNCHES = (Launch(1, 4, 4, 16), Launch(1, 4, 4, 32), Launch(1, 4, 1, 32), Launch(1, 1, 1, 64))
 
 
 def serves(y: Tensor, dt: Tensor, a: Tensor, c: Tensor, z: Tensor | None) -> bool:
@@ -126,14 +126,10 @@ def _forward(
     at = row * tokens
     c += tl.cast(b, tl.int64) * tiles * (N * TILE)
     elapsed = tl.full([], 0.0, tl.float32)
-    t = tl.arange(0, TILE)
-    inside = (t < tokens) | EVEN
-    next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
     for tile in range(0, tiles):
-        this_dt, this_y, this_z = next_dt, next_y, next_z
         t = tile * TILE + tl.arange(0, TILE)
         inside = (t < tokens) | EVEN
-        next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t + TILE, t + TILE < tokens, GATE)
+        this_dt, this_y, this_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
         delta, _ = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         if KEEP:
             tl.store(starts + row * tiles + tile, elapsed)
@@ -173,18 +169,12 @@ def _backward(
         weights = tl.load(c + (first + tl.arange(0, GROUP))[:, None] * TILE)
         # Zeros, in registers as c is: a loop keeps the layout that it begins with, and another would have all be computed twice.
         sums += (weights - weights,)  # type: ignore[assignment]
-    first_row = wide * channels + block * count
-    at = first_row * tokens
     end = tl.minimum(block * count + count, channels)
-    next_dt, next_y, next_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
-    next_g, next_elapsed = tl.load(dout + at + t, mask=inside, other=0.0), tl.load(starts + first_row * tiles + tile)
     for d in range(block * count, end):
-        this_dt, this_y, this_z, this_g, elapsed = next_dt, next_y, next_z, next_g, next_elapsed
         row = wide * channels + d
         at = row * tokens
-        more = inside & (d + 1 < end)
-        next_dt, next_y, next_z = _read(dt + at + tokens, y + at + tokens, z + at + tokens if GATE else z, t, more, GATE)
-        next_g, next_elapsed = tl.load(dout + at + tokens + t, mask=more, other=0.0), tl.load(starts + (row + 1) * tiles + tile, mask=d + 1 < end)
+        this_dt, this_y, this_z = _read(dt + at, y + at, z + at if GATE else z, t, inside, GATE)
+        this_g, elapsed = tl.load(dout + at + t, mask=inside, other=0.0), tl.load(starts + row * tiles + tile)
         delta, _ = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         time = elapsed + tl.cumsum(delta, 0)
         g = this_g.to(tl.float32)
@@ -242,14 +232,10 @@ def _to_steps(
     at = row * tokens
     later = tl.load(dtotal + row)
     sums = tl.zeros([TILE], tl.float32)
-    t = (tiles - 1) * TILE + tl.arange(0, TILE)
-    inside = (t < tokens) | EVEN
-    next_moved, next_dt = tl.load(dtime + at + t, mask=inside, other=0.0), tl.load(dt + at + t, mask=inside, other=0.0)
     for i in range(0, tiles):
-        moved, this_dt = next_moved, next_dt
         t = (tiles - 1 - i) * TILE + tl.arange(0, TILE)
         inside = (t < tokens) | EVEN
-        next_moved, next_dt = tl.load(dtime + at + t - TILE, mask=t >= TILE, other=0.0), tl.load(dt + at + t - TILE, mask=t >= TILE, other=0.0)
+        moved, this_dt = tl.load(dtime + at + t, mask=inside, other=0.0), tl.load(dt + at + t, mask=inside, other=0.0)
         _, slope = _steps(this_dt, bias, d, inside, BIAS, SOFTPLUS)
         found = (tl.cumsum(moved, 0, reverse=True) + later) * slope
         tl.store(ddt + at + t, found.to(ddt.dtype.element_ty), mask=inside)
