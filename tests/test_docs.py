@@ -1,7 +1,9 @@
 """What the README and the demo tell users to type: it parses, and what it names exists."""
 
 import ast
+import importlib
 import inspect
+import json
 import re
 import shlex
 import tomllib
@@ -178,6 +180,30 @@ def test_extras_that_are_named_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for name in re.findall(r"(?:hf-longctx|\.)\[(\w+)\]", readme()):
         assert name in extras
+
+
+def lab_sections() -> list[str]:
+    """Sections of recipes/lab/README.md whose tables come from a file of runs beside it."""
+    return [part for part in re.split(r"^## ", (ROOT / "recipes/lab/README.md").read_text(encoding="utf-8"), flags=re.M) if "--runs" in part]
+
+
+@pytest.mark.parametrize("section", lab_sections(), ids=lambda text: text.splitlines()[0][:30])
+def test_tables_of_the_lab_are_what_its_runs_say(section, capsys, monkeypatch):
+    """Each command of a section, with --table, prints the rows of the tables that follow it, of all the runs that are kept."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tests/benchmarks")
+    parts = re.split(r"^```\n(python tests/benchmarks/\w+\.py .*?)^```$", section, flags=re.M | re.S)
+    for command, text in zip(parts[1::2], parts[2::2], strict=True):
+        script, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+        importlib.import_module(Path(script).stem).main([*arguments, "--table"])
+        printed = capsys.readouterr().out.splitlines()
+        rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+        assert rows
+        for row in rows:
+            assert row in printed
+        shown = set(arguments[arguments.index("--rows") + 1].split(","))
+        kept = json.loads((ROOT / arguments[arguments.index("--runs") + 1]).read_text())["runs"]
+        assert {re.split("[ @]", name)[0] for name in kept} == shown
 
 
 def test_nothing_was_left_to_fill_in():

@@ -6,8 +6,8 @@
 and `--recipe scratch-mamba-512 --rows zero,carry,zero>carry --baseline zero` for state passing: `zero>carry` trains what `zero` left for
 --more times as many steps, at a third of the learning rate. Prints four tables, mean over seeds and the half-width of its 95 %
 interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change from the shortest
-length, same model, same tokens, with the largest upper end of its intervals over documents; the loss in training. A picture of the
-first lies in --out. What is there already is not run again; `--table` runs nothing.
+length, same model, same tokens, with the largest upper end of its intervals over documents; the loss in training. What `--runs`
+holds already is not run again; `--table` runs nothing.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import math
 import os
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "mep": [NOPE, {"name": "mkl_alibi", "preset": "mep"}],
     "mep_learned": [NOPE, {"name": "mkl_alibi", "preset": "mep_learned"}],
     "mep_weights": [NOPE, {"name": "mkl_alibi", "kernels": ["exponential", "half_exponential", "gaussian"], "learn_weights": True}],
-    **{name: [NOPE, {"name": name, "gain": 1.0}] for name in ("sinusoidal", "learned", "legendre", "wavelet")},
+    "learned": [NOPE, {"name": "learned", "gain": 1.0}],  # its table begins as wide as token embeddings do, 0.02
+    **{name: [NOPE, {"name": name, "gain": 0.02}] for name in ("sinusoidal", "legendre", "wavelet")},
+    **{f"{name}_1": [NOPE, {"name": name, "gain": 1.0}] for name in ("sinusoidal", "legendre", "wavelet")},
     "log_n": [{"name": "log_n"}],
     "ssmax": [{"name": "ssmax"}],
     "key_norm_sum": [{"name": "key_norm"}],
     "key_norm_mean": [{"name": "key_norm", "by": "mean", "learn_gain": True}],
 }
 STATES: dict[str, list[dict[str, Any]]] = {name: [{"name": name}] for name in method_names("state")} | {"noise": [{"name": "noise", "sigma": 0.1}]}
+PARTS = 8  # of training, for its loss
 T95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
 
@@ -66,20 +69,27 @@ def recipe_of(row: str, seed: int, recipe: Recipe, options: argparse.Namespace) 
     return replace(changed, model=model, train=recipe.train | train)
 
 
-def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: argparse.Namespace) -> None:
-    """Train one model and read the documents with it."""
+def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Train one model and read the documents with it; what `--runs` keeps of that."""
     folder, start = options.out / f"{row}@{seed}", time.perf_counter()
-    if not (folder / "seconds").exists():
+    if not (folder / "trained.json").exists():
         finetune(recipe_of(row, seed, recipe, options), folder / "model", overwrite=True)
         log = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
-        (folder / "losses.json").write_text(json.dumps({entry["step"]: entry["loss"] for entry in log if "loss" in entry}))
-        (folder / "seconds").write_text(f"{time.perf_counter() - start:.0f}")
+        logged = np.array_split([entry["loss"] for entry in log if "loss" in entry], PARTS)
+        about = {"train_seconds": round(time.perf_counter() - start), "losses": [round(float(part.mean()), 4) for part in logged if len(part)]}
+        (folder / "trained.json").write_text(json.dumps(about))
     task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
     trained = time.perf_counter()
-    rows = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
-    values = [found["value"] for found in rows if found["metric"] in ("perplexity", "failed")]
-    told = " / ".join("failed" if value is None else f"{value:.4g}" for value in values)
-    print(f"{row}@{seed}: {told} (trained in {(folder / 'seconds').read_text()} s, read in {time.perf_counter() - trained:.0f} s)", flush=True)
+    found = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
+    value = {entry["length"]: entry["value"] and round(entry["value"], 4) for entry in found if entry["metric"] in ("perplexity", "failed")}
+    change = {entry["length"]: [round(100 * entry[which], 4) for which in ("value", "ci_high")] for entry in found if entry["metric"] == f"change_from_{min(lengths)}"}
+    read = {"read_seconds": round(time.perf_counter() - trained), "perplexity": value, "change": change}
+    return json.loads((folder / "trained.json").read_text()) | read | {"machine": machine()}
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def start_worker(number: Any, gpus: int) -> None:
@@ -93,20 +103,37 @@ def start_worker(number: Any, gpus: int) -> None:
     warnings.simplefilter("ignore")
 
 
-def results(folder: Path) -> tuple[dict[int, float], dict[int, tuple[float, float]]]:
-    """Perplexity by length; its change from the shortest one in percent, with the upper end of the interval. Empty where a run is not."""
-    path = folder / "eval" / "results.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    values = {found["length"]: found["value"] for found in rows if found["metric"] == "perplexity"}
-    changed = [found for found in rows if found["metric"] == f"change_from_{min(values, default=0)}"]
-    return values, {found["length"]: (100 * found["value"], 100 * found["ci_high"]) for found in changed}
+class Runs:
+    """A JSON file of what was measured, by row@seed, and of the settings that runs of one table share."""
 
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": {}}
 
-def losses(folder: Path, parts: int = 8) -> list[float]:
-    """Of training, the mean of each eighth of its steps; empty where a run is not."""
-    path = folder / "losses.json"
-    logged = list(json.loads(path.read_text()).values()) if path.exists() else []
-    return [float(np.mean(part)) for part in np.array_split(logged, parts)] if len(logged) >= parts else []
+    def expect(self, settings: dict[str, Any]) -> None:
+        """Runs with other settings do not belong into the same table."""
+        if self.found["runs"] and self.found["settings"] != settings:
+            raise SystemExit(f"{self.path} was measured with {self.found['settings']}, not with {settings}; choose another --runs")
+        self.found["settings"] = settings
+
+    def add(self, name: str, run: dict[str, Any]) -> None:
+        self.found["runs"] = dict(sorted((self.found["runs"] | {name: run}).items()))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.found["runs"].items()]
+        self.path.write_text(f'{{"settings": {json.dumps(self.found["settings"])},\n"runs": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found["runs"]
+
+    def of(self, name: str, what: str) -> dict[int, Any]:
+        """By length; empty where a run is not."""
+        return {int(length): value for length, value in self.found["runs"].get(name, {}).get(what, {}).items() if value is not None}
+
+    def machines(self) -> list[str]:
+        return sorted({run["machine"] for run in self.found["runs"].values()})
+
+    def losses(self, name: str) -> list[float]:
+        return self.found["runs"].get(name, {}).get("losses", [])
 
 
 def spread(values: list[float]) -> str:
@@ -128,37 +155,37 @@ def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report(rows: list[str], lengths: list[int], options: argparse.Namespace) -> None:
+def report(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Namespace) -> None:
     """The tables and the picture, of the runs that are there."""
     values: dict[str, dict[int, list[float]]] = {}
     table: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for row in rows:
-        runs = [(results(options.out / f"{row}@{seed}"), results(options.out / f"{options.baseline}@{seed}")[0]) for seed in range(options.seeds)]
-        runs = [run for run in runs if run[0][0]]
-        values[row] = {n: there for n in lengths if (there := [found[n] for (found, _), _ in runs if n in found])}
-        change = {n: [100 * (found[n] / beside[n] - 1) for (found, _), beside in runs if n in found and n in beside] for n in lengths}
-        growth = {n: [grown[n] for (_, grown), _ in runs if n in grown] for n in lengths}
+        there = [seed for seed in range(options.seeds) if f"{row}@{seed}" in runs]
+        pairs = [(runs.of(f"{row}@{seed}", "perplexity"), runs.of(f"{options.baseline}@{seed}", "perplexity")) for seed in there]
+        grown = [runs.of(f"{row}@{seed}", "change") for seed in there]
+        values[row] = {n: kept for n in lengths if (kept := [found[n] for found, _ in pairs if n in found])}
+        change = {n: [100 * (found[n] / beside[n] - 1) for found, beside in pairs if n in found and n in beside] for n in lengths}
+        growth = {n: [each[n] for each in grown if n in each] for n in lengths}
         table[0][row] = [spread(values[row].get(n, [])) for n in lengths]
         table[1][row] = [spread(change[n]) for n in lengths]
         table[2][row] = [spread([g for g, _ in growth[n]]) + (f" ({max(top for _, top in growth[n]):+.2f})" if growth[n] else "") for n in lengths[1:]]
-        logged = [there for seed in range(options.seeds) if (there := losses(options.out / f"{row}@{seed}"))]
-        table[3][row] = [spread(list(each)) for each in zip(*logged)] or [""] * 8
+        table[3][row] = [spread(list(each)) for each in zip(*(runs.losses(f"{row}@{seed}") for seed in there))] or [""] * PARTS
     names = [format_size(n) for n in lengths]
     titles = ("perplexity", names), (f"change from {options.baseline}, %", names), (f"change from {names[0]}, % (most)", names[1:])
-    eighths = [f"{i}/8" for i in range(1, 9)]
+    eighths = [f"{i}/{PARTS}" for i in range(1, PARTS + 1)]
     for (title, shown), cells in zip((*titles, ("loss, mean of each eighth of training", eighths)), table, strict=True):
         print(f"\n| {title} | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
         for row, each in cells.items():
             print(f"| {row} | " + " | ".join(each) + " |")
-    if any(values.values()):
-        draw(values, options.out / "perplexity.png")
+    if options.plot and any(values.values()):
+        draw(values, options.plot)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="scratch-512")
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="to read; needed but for --table")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lengths", default="512,1k,2k,4k,8k,16k")
@@ -168,23 +195,40 @@ def main() -> None:
     parser.add_argument("--baseline", default="alibi")
     parser.add_argument("--more", type=float, default=0.05, help="of the steps, for rows with >")
     parser.add_argument("--workers", type=int, default=1, help="processes, dealt to the GPUs")
-    parser.add_argument("--table", action="store_true", help="only print what --out holds")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    recipe = read_recipe(options.recipe, options.set)
+    parser.add_argument("--table", action="store_true", help="only print what --runs holds")
+    parser.add_argument("--plot", type=Path, help="a picture of the first table")
+    parser.add_argument("--runs", type=Path, help="JSON file of what was measured; runs.json in --out by default")
+    parser.add_argument("--out", type=Path, default=Path("scratch"), help="folder of the models")
+    options = parser.parse_args(arguments)
     lengths, rows = [parse_size(length) for length in options.lengths.split(",")], options.rows.split(",")
-    left = [(row, seed) for seed in range(options.seeds) for row in rows if not (options.out / f"{row}@{seed}/eval/results.json").exists()]
+    runs = Runs(options.runs or options.out / "runs.json")
+    if not options.table:
+        if options.data is None:
+            parser.error("--data is missing")
+        measure_all(rows, lengths, runs, options)
+    print(f"\n{options.seeds} seeds; {json.dumps(runs.found['settings'])}; {' and '.join(runs.machines())}")
+    report(rows, lengths, runs, options)
+
+
+def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Namespace) -> None:
+    """What is not there yet, seed by seed."""
+    recipe = read_recipe(options.recipe, options.set)
+    of_training = {key: recipe.train[key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate")}
+    of_reading = {"lengths": lengths, "spans": options.spans, "tokens": options.tokens, "dtype": options.dtype}
+    runs.expect({"recipe": options.recipe, "window": recipe.window} | of_training | of_reading)
+    left = [(row, seed) for seed in range(options.seeds) for row in rows if f"{row}@{seed}" not in runs]
     spawn = torch.multiprocessing.get_context("spawn")
-    if left and not options.table:
-        about = spawn.Value("i", 0), torch.cuda.device_count()
-        with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=start_worker, initargs=about) as pool:
-            for depth in sorted({row.count(">") for row, _ in left}):  # what others begin with comes first
-                for run in [pool.submit(measure, row, seed, recipe, lengths, options) for row, seed in left if row.count(">") == depth]:
-                    if (problem := run.exception()) is not None:  # the others go on
-                        print(f"{type(problem).__name__}: {problem}", flush=True)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{machine}, torch {torch.__version__}, transformers {transformers.__version__}; {recipe.train.get('max_steps')} steps, {options.seeds} seeds")
-    report(rows, lengths, options)
+    about = spawn.Value("i", 0), torch.cuda.device_count()
+    with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=start_worker, initargs=about) as pool:
+        for depth in sorted({row.count(">") for row, _ in left}):  # what others begin with comes first
+            going = {pool.submit(measure, *run, recipe, lengths, options): f"{run[0]}@{run[1]}" for run in left if run[0].count(">") == depth}
+            for done in as_completed(going):
+                if (problem := done.exception()) is not None:  # the others go on
+                    print(f"{going[done]}: {type(problem).__name__}: {problem}", flush=True)
+                    continue
+                runs.add(going[done], run := done.result())
+                told = " / ".join(f"{value:.4g}" if value else "failed" for value in run["perplexity"].values())
+                print(f"{going[done]}: {told} (trained in {run['train_seconds']} s, read in {run['read_seconds']} s)", flush=True)
 
 
 if __name__ == "__main__":

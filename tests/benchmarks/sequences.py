@@ -1,23 +1,23 @@
 """Position methods on sequence tasks, in and beyond the trained length: copy at an offset, reverse, sort, modular sum.
 
-    python tests/benchmarks/sequences.py --rows sinusoidal,learned,legendre,wavelet,alibi,mep,rope --seeds 3 --workers 8 --out sequences
+    python tests/benchmarks/sequences.py --rows sinusoidal,learned,legendre,wavelet,alibi,mep,rope --seeds 3 --workers 8 --runs sequences.json
 
 A llama of two layers, 128 wide, reads `n symbols, =` and writes the answer; lengths from 4 to 32 in training, then 32 and beyond.
 Absolute positions reach to the longest length tested (legendre and wavelet are spread over it; learned ones beyond 32 are never trained).
 Prints the share of answer tokens that are right, given the right ones before, on 512 fresh sequences a length: mean over seeds and the
-half-width of its 95 % interval (Student's t). What is in --out already is not run again.
+half-width of its 95 % interval (Student's t). What `--runs` holds already is not run again; `--table` runs nothing.
 """
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from scratch import ROWS, spread
+from scratch import ROWS, Runs, machine, spread
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longctx import patch
@@ -67,8 +67,8 @@ def build(row: str, seed: int, longest: int) -> Any:
     return patch(model, methods) if methods else model
 
 
-def run(row: str, task: str, seed: int, lengths: list[int], steps: int, rows: int, file: Path, number: int) -> None:
-    """Train and test one model, on GPU `number` modulo those there; the shares go to `file`."""
+def run(row: str, task: str, seed: int, lengths: list[int], steps: int, rows: int, number: int) -> dict[str, Any]:
+    """Train and test one model, on GPU `number` modulo those there: what `--runs` keeps of it."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
@@ -94,11 +94,11 @@ def run(row: str, task: str, seed: int, lengths: list[int], steps: int, rows: in
             with torch.no_grad():
                 best = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
             right.append((best == labels[:, 1:])[labels[:, 1:] != IGNORE].float().mean().item())
-        shares[length] = float(np.mean(right))
-    file.write_text(json.dumps(shares))
+        shares[length] = round(100 * float(np.mean(right)), 3)
+    return {"right": shares, "machine": machine()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="sinusoidal,learned,legendre,wavelet,alibi,mep,rope,nope")
     parser.add_argument("--tasks", default=",".join(TASKS))
@@ -107,22 +107,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows, tasks = options.rows.split(","), options.tasks.split(",")
-    files = {(r, t, s): options.out / f"{r}-{t}-{s}.json" for r in rows for t in tasks for s in range(options.seeds)}
+    parser.add_argument("--table", action="store_true", help="only print what --runs holds")
+    parser.add_argument("--runs", type=Path, default=Path("sequences.json"), help="JSON file of what was measured")
+    options = parser.parse_args(arguments)
+    rows, tasks, runs = options.rows.split(","), options.tasks.split(","), Runs(options.runs)
+    if not options.table:
+        measure_all(rows, tasks, runs, options)
+    print(f"\n{options.seeds} seeds; {json.dumps(runs.found['settings'])}; {' and '.join(runs.machines())}")
+    for task in tasks:
+        print(f"\n| {task}, % right | " + " | ".join(map(str, options.lengths)) + " |\n|" + " --- |" * (1 + len(options.lengths)))
+        for row in rows:
+            found = [runs.of(f"{row} {task}@{seed}", "right") for seed in range(options.seeds)]
+            print(f"| {row} | " + " | ".join(spread([each[n] for each in found if n in each]) for n in options.lengths) + " |")
+
+
+def measure_all(rows: list[str], tasks: list[str], runs: Runs, options: argparse.Namespace) -> None:
+    """What is not there yet, seed by seed."""
+    runs.expect({"steps": options.steps, "batch": options.batch, "trained": TRAINED, "lengths": options.lengths})
+    left = [(r, t, s) for s in range(options.seeds) for r in rows for t in tasks if f"{r} {t}@{s}" not in runs]
     with ProcessPoolExecutor(options.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        left = [(key, file) for key, file in files.items() if not file.exists()]
-        waiting = [pool.submit(run, *key, options.lengths, options.steps, options.batch, file, i) for i, (key, file) in enumerate(left)]
-        for done in waiting:
-            done.result()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{machine}, torch {torch.__version__}; {options.steps} steps of {options.batch}, {options.seeds} seeds, trained to {TRAINED}; percent right")
-    print("| | " + " | ".join(f"{t}, {n}" for t in tasks for n in options.lengths) + " |\n|" + " --- |" * (1 + len(tasks) * len(options.lengths)))
-    for row in rows:
-        found = [[json.loads(files[row, t, s].read_text())[str(n)] for s in range(options.seeds)] for t in tasks for n in options.lengths]
-        print(f"| {row} | " + " | ".join(spread([100 * v for v in values]) for values in found) + " |")
+        going = {pool.submit(run, *key, options.lengths, options.steps, options.batch, i): key for i, key in enumerate(left)}
+        for done in as_completed(going):
+            row, task, seed = going[done]
+            runs.add(f"{row} {task}@{seed}", done.result())
 
 
 if __name__ == "__main__":
