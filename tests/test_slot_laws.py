@@ -546,6 +546,20 @@ def test_blocks_equal_the_whole(family, names, monkeypatch):
     law_blocks_equal_the_whole(patched(family, names), monkeypatch)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_bias_is_computed_once_for_rows_that_stand_alike(alike, monkeypatch):
+    model, ids = patched(names=("fire",)), tokens(2 * WINDOW, 3)
+    positions = torch.arange(ids.shape[1]).repeat(3, 1)
+    if not alike:
+        positions[1, WINDOW:] += 5  # skips, as PoSE
+    mask = torch.ones_like(ids)  # without one, Transformers takes a skip for the border of two documents
+    one_by_one = [model(input_ids=row[None], attention_mask=mask[:1], position_ids=where[None], use_cache=False).logits for row, where in zip(ids, positions)]
+    rows, biased = set(), attention._biased
+    monkeypatch.setattr(attention, "_biased", lambda q, k, v, m, q_pos, *rest: (rows.add(len(q_pos)), biased(q, k, v, m, q_pos, *rest))[1])
+    close(model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, torch.cat(one_by_one), 1e-5)
+    assert rows == ({1} if alike else {3})
+
+
 def test_the_block_law_catches_a_whole_table(monkeypatch):
     with pytest.raises(AssertionError):
         law_blocks_equal_the_whole(patched(), monkeypatch, block=2**24)

@@ -71,6 +71,17 @@ class Tokens:
     seen: list[int] = field(default_factory=list)
 
     @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """`q_pos` and `k_pos`, of one row where all rows stand alike: a bias is then computed once and not for each.
+
+        It waits for the device, once a pass; not in decoding, whose steps are short and may be recorded.
+        """
+        if self.q_pos.shape[1] == 1 or torch.compiler.is_compiling():
+            return self.q_pos, self.k_pos
+        alike = bool((self.q_pos == self.q_pos[:1]).all() & (self.k_pos == self.k_pos[:1]).all())
+        return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
+
+    @cached_property
     def k_start(self) -> Tensor | None:
         """The first valid key of each row, [batch or 1], if nothing else sets the pass apart from a plain causal one.
 
@@ -191,11 +202,12 @@ def _biased_blocks(
     if mask is None and length > 1:  # causal from the upper left, as SDPA's own is_causal; a static cache may hold more than it is filled
         key, value = key[:, :, :length], value[:, :, :length]
     size = max(1, BLOCK // (batch * heads * key.shape[2]))
+    q_pos, k_pos = tokens.places
     for begin in range(0, length, size):
         end = min(begin + size, length)
         seen = end if mask is None and length > 1 else key.shape[2]
         part = (query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], None if mask is None else mask[:, :, begin:end, :seen])
-        where = (tokens.q_pos[:, begin:end], tokens.k_pos[:, :seen], begin if length > 1 else seen)
+        where = (q_pos[:, begin:end], k_pos[:, :seen], begin if length > 1 else seen)
         if torch.is_grad_enabled() and size < length:
             yield checkpoint(_biased, *part, *where, bias, scaling, dropout, use_reentrant=False)
         else:

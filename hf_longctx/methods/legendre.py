@@ -25,8 +25,8 @@ class Legendre(Additive):
     learned gain, with x = 2p / (`length` - 1) - 1 clipped to [-1, 1].
 
     Make `length` the window you want to reach: later positions all get x = 1. Columns have mean square 1 over the window and are
-    orthogonal in the limit of a fine grid, that is while k^2 stays well below `length`; at the two ends they reach sqrt(2k+1). Set
-    `gain` 1 when training from scratch."""
+    orthogonal in the limit of a fine grid, that is while k^2 stays well below `length`; at the two ends they reach sqrt(2k+1). When
+    training from scratch, set `gain` to the spread of the token embeddings, 0.02 in most models (recipes/lab)."""
 
     paper = "arXiv:2506.06398"
     length: Size | None = None  # positions; default the trained window

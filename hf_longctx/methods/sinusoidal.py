@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sinusoidal(Additive):
     """Adds sines and cosines of the position to token embeddings: columns 2i and 2i+1 of position p are sin and cos of
-    p `base`^(-2i/hidden), times a learned gain. Any position has one. Set `gain` 1 when training from scratch."""
+    p `base`^(-2i/hidden), times a learned gain. Any position has one. When training from scratch, set `gain` to
+    the spread of the token embeddings, 0.02 in most models (recipes/lab)."""
 
     paper = "arXiv:1706.03762"
     base: float = 10000.0
