@@ -146,12 +146,14 @@ def spread(values: list[float]) -> str:
 def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for row, by_length in found.items():
-        axis.plot(list(by_length), [np.mean(values) for values in by_length.values()], marker="o", label=row)
+    for number, (row, by_length) in enumerate(found.items()):
+        axis.plot(list(by_length), [np.mean(values) for values in by_length.values()], marker="osv^"[number // 10], label=row)
     lengths = sorted({length for by_length in found.values() for length in by_length})
     axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="perplexity of the same tokens")
+    low = min(min(values) for by_length in found.values() for values in by_length.values())
+    axis.set_ylim(0.9 * low, 15 * low)  # what is far off is off anyway
     axis.set_xticks(lengths, [format_size(n) for n in lengths])
-    axis.legend(ncols=2, fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
