@@ -160,7 +160,7 @@ def test_an_adapter_equals_what_it_merges_into(family, name, folder, patched, tm
     assert steps_lost == (name is not None)
     assert checkpoint.read_sidecar(tmp_path / "adapter")["window"] == (64 if family in HYBRIDS else None)
     found = load(tmp_path / "adapter")
-    assert torch.equal(logits(found.get_base_model()), logits(model.get_base_model()))
+    close(logits(found.get_base_model()), logits(model.get_base_model()))
     hf_longctx.merge(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert isinstance(merged, auto.LongctxStateModel) == (name is not None)
@@ -274,8 +274,8 @@ def test_it_changes_the_model(name, family, patched):
 @DELTA
 @METHODS
 def test_cached_decoding_equals_one_pass(name, family, patched):
-    """A token at a time, in pieces with Transformers' cache, and in pieces with ours."""
-    model = load(patched(family, name))
+    """A token at a time, in pieces with Transformers' cache, and in pieces with ours. In double precision: rounding may take a step over a threshold."""
+    model = load(patched(family, name)).double()
     whole = logits(model)
     for size in (1, 7):
         for cache in (DynamicCache(config=model.config), StatePassingCache(model.config, keys="carry")):
