@@ -11,6 +11,9 @@ near tiles read the table. Logits are in units of log 2 within the kernels, beca
 The gradient of the table is a third pass of the backward. Tiles on one diagonal hold the same distances element by element, so a
 program walks along a diagonal, adds up its tiles in registers, and touches memory once at the end: no atomics per logit.
 
+Positions may skip (`Chunks`), as in training with skips. Between the queries of one chunk and the keys of another, distances are
+those of indices plus a constant, so tiles that do not straddle chunks are computed like all others, with that constant as `shift`.
+
 Importing this module needs no Triton; `serves()` says whether the kernels can run. Lengths are ordinary arguments of the
 kernels, so one compilation serves every length and every method.
 """
@@ -190,7 +193,9 @@ class Table:
 # --- the kernels ---
 #
 # Names: r and c run over a tile's rows (queries) and columns (keys); m0 and n0 are its first query and key; `shift` = tk - tq, so that
-# query m sees keys up to m + shift. Parabolas are written in r and c, each from the tile's middle, as
+# query m sees keys up to m + shift. With CUT, positions skip: `cuts` and `skips` hold the chunks of each batch row, tiles begin anew with
+# each chunk and end with it, and `shift` is the skip of the queries less that of the keys. Parabolas are written in r and c, each from the
+# tile's middle, as
 #     bias = (a r^2 + b r + c0) + (a c^2 - b c) - 2 a r c,
 # a term of the row, one of the column and one rank-one product, so that a logit costs two multiply-adds and a difference.
 
@@ -312,7 +317,10 @@ def _far_end(m0, shift, phase, near, low, top, BN: tl.constexpr):
 
 @_jit
 def _place(cuts, chunks, tile, BLOCK: tl.constexpr):
-    """The first index of a row's tile, the end of its chunk, and the chunk: tiles of BLOCK that begin anew with each chunk. Past the last tile, the index is no less than the end."""
+    """The first index of a row's tile, the end of its chunk, and the chunk; tiles are of BLOCK, fewer at the end of a chunk.
+
+    Past the last tile, the index is no less than the end.
+    """
     chunk = 0
     for i in range(chunks - 1):
         tiles = tl.cdiv(tl.load(cuts + i + 1) - tl.load(cuts + i), BLOCK)
@@ -365,7 +373,9 @@ def _forward(
     heads, group, tq, tk, rows, longest, windows, phase, chunks, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, tq, D] and lse [B, H, rows]: log2 of the sum of weights, infinite in rows that see no key and, without CUT, in those from tq on. Grid: query tiles, B * H."""
+    """out [B, H, tq, D] and lse [B, H, rows]: log2 of the sum of weights, infinite in rows that see no key. Without CUT, lse is infinite
+    from tq on too; with it, nobody reads it there. Grid: query tiles, B * H.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
     if CUT:
@@ -826,7 +836,8 @@ def _run_dtable(p: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse:
     pairs = max(1, lengths["chunks"] * (lengths["chunks"] + 1) // 2)
     grid = (diagonals, triton.cdiv(tiles, walk) * pairs, q.shape[0] * q.shape[1])
     _dtable[grid](
-        q, k, v, dout, p.bias[:, p.front :], *fits[:2], *_rows(p), lse, delta, sums[:, p.front :], *_strides(q, k, v, dout), above=above, **lengths, **constants, WALK=walk
+        q, k, v, dout, p.bias[:, p.front :], *fits[:2], *_rows(p), lse, delta, sums[:, p.front :], *_strides(q, k, v, dout), above=above,
+        **lengths, **constants, WALK=walk,
     )  # fmt: skip
     return sums[:, p.front : p.bias.shape[1] - p.front]
 
@@ -836,7 +847,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, values: Tensor, table: Table, starts: Tensor, chunks: Chunks | None, scale: float, tolerance: float, blocks: Blocks
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, values: Tensor, table: Table, starts: Tensor, chunks: Chunks | None, scale: float,
+        tolerance: float, blocks: Blocks,
     ) -> Tensor:  # fmt: skip
         p = _problem(table, starts, chunks, scale, tolerance, blocks)
         out, lse = _run_forward(p, q, k, v, _fits_of(p, blocks.forward, k.shape[2] - q.shape[2]))
@@ -880,7 +892,8 @@ def biased_attention(
     Args:
         q: [B, H, Tq, D], the last Tq of Tk positions: query i sees keys j <= i + Tk - Tq, at distance i + Tk - Tq - j.
         k, v: [B, Hkv, Tk, D]; head h of q reads head h * Hkv // H. float16, bfloat16 or float32, like q; D at most 256.
-        table: float32 [H, Tk] or longer, finite, in nats; a `Table` of [H, Tk] where several calls share it. With chunks it holds `reach` distances in the place of Tk.
+        table: float32 [H, Tk] or longer, finite, in nats; a `Table` of [H, Tk] where several calls share it. With chunks it is
+            `reach` distances long, not Tk.
         scale: of the dot products; 1 / sqrt(D) by default.
         k_start: integers [B], the first valid key of each row; keys before it are left padding.
         chunks: of self-attention, Tq = Tk, at positions that skip: distances are those of positions.
