@@ -14,7 +14,7 @@ import torch
 
 from hf_longctx import method
 from hf_longctx.kernels import biased_attention as kernel
-from hf_longctx.kernels.biased_attention import Blocks, Launch, biased_attention, fit
+from hf_longctx.kernels.biased_attention import Blocks, Chunks, Launch, biased_attention, fit
 from hf_longctx.method import Frequencies, Shape
 
 
@@ -35,16 +35,33 @@ SMALL = Blocks(Launch(32, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1),
 UNEVEN = Blocks(Launch(64, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 64, 4, 1), Launch(64, 16, 4, 1), walk=1)
 
 
-def oracle(q, k, v, table, scale, k_start=None):
-    """Attention in float64 with every logit in memory. Rows that see no key are zero."""
+def oracle(q, k, v, table, scale, k_start=None, positions=None):
+    """Attention in float64 with every logit in memory, at positions [B, T] or consecutive ones. Rows that see no key are zero."""
     (_, heads, tq, _), (_, kv_heads, tk, _) = q.shape, k.shape
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     distance = (torch.arange(tq)[:, None] + tk - tq - torch.arange(tk)).to(q.device)
-    seen = distance >= 0
+    if positions is not None:
+        distance = (positions[:, :, None] - positions[:, None, :]).to(q.device)
+    seen = distance.unsqueeze(-3) >= 0
     if k_start is not None:
         seen = seen & (torch.arange(tk, device=q.device) >= k_start.to(q.device)[:, None, None, None])
-    logits = scale * q @ k.mT + table[:, distance.clamp(min=0)]
+    logits = scale * q @ k.mT + table[:, distance.clamp(min=0)].movedim(0, -3)
     return logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0) @ v
+
+
+def chunks_of(rows, length):
+    """Chunks of rows that are given as (first index, skip) of each of their chunks."""
+    most = max(map(len, rows))
+    cuts = [[cut for cut, _ in row] + [length] * (most + 1 - len(row)) for row in rows]
+    skips = [[skip for _, skip in row] + [row[-1][1]] * (most - len(row)) for row in rows]
+    return Chunks(*(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cuts, skips)), length + max(row[-1] - row[0] for row in skips))
+
+
+def positions_of(chunks, length):
+    """[B, length], on the CPU."""
+    index = torch.arange(length)
+    chunk = (index[None, :, None] >= chunks.cuts.cpu()[:, None, 1:-1]).sum(-1)
+    return index + chunks.skips.cpu().long().gather(1, chunk)
 
 
 def tables(kind: str, heads: int, length: int) -> torch.Tensor:
@@ -72,13 +89,13 @@ def inputs(batch, heads, kv_heads, tq, tk, dim, table, dtype=torch.float32):
     return [x.requires_grad_() for x in (q, k, v, table.to(DEVICE))], g
 
 
-def compare(leaves, g, rtol, k_start=None, blocks=SMALL, **options):
+def compare(leaves, g, rtol, k_start=None, blocks=SMALL, chunks=None, **options):
     """out, dq, dk, dv, dtable of kernel and oracle: largest difference over largest value."""
     if k_start is not None:
         options["k_start"] = k_start
-    out = biased_attention(*leaves, blocks=blocks, **options)
+    out = biased_attention(*leaves, blocks=blocks, chunks=chunks, **options)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    want = oracle(*exact, leaves[0].shape[3] ** -0.5, k_start)
+    want = oracle(*exact, leaves[0].shape[3] ** -0.5, k_start, None if chunks is None else positions_of(chunks, g.shape[2]))
     ours = (out, *torch.autograd.grad(out, leaves, g))
     theirs = (want, *torch.autograd.grad(want, exact, g.double()))
     for name, a, b in zip(("out", "dq", "dk", "dv", "dtable"), ours, theirs):
@@ -179,6 +196,83 @@ def test_scale_and_a_longer_table():
     assert not dtable[:, 40:].any()
 
 
+SKIPS = {  # length, and the (first index, skip) of each chunk of two rows
+    "two": (90, [(0, 0), (37, 150)], [(0, 0), (61, 3)]),
+    "three, and none": (100, [(0, 5), (17, 18), (70, 171)], [(0, 7)]),
+    "shorter than a tile": (70, [(0, 0), (1, 40), (6, 41)], [(0, 0), (40, 100), (69, 130)]),
+    "whole tiles": (128, [(0, 0), (64, 64)], [(0, 0), (32, 1)]),
+    "four": (75, [(0, 0), (20, 30), (33, 60), (50, 200)], [(0, 0), (41, 10), (42, 90)]),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["kerple_slow", "half"])
+@pytest.mark.parametrize("skips", SKIPS)
+def test_positions_that_skip(skips, kind):
+    """Chunks at positions of their own, other ones in each row of the batch."""
+    length, *rows = SKIPS[skips]
+    chunks = chunks_of(rows, length)
+    heads = 2 if kind == "half" else 1
+    compare(*inputs(2, heads, 1, length, length, 16, tables(kind, heads, chunks.reach)), rtol=1e-5, chunks=chunks)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["alibi", "t5", "random"])
+def test_tables_with_skips(kind):
+    length, *rows = SKIPS["three, and none"]
+    chunks = chunks_of(rows[:1], length)
+    compare(*inputs(1, 2, 2, length, length, 32, tables(kind, 2, chunks.reach)), rtol=1e-5, chunks=chunks)
+
+
+@needs_kernel
+def test_uneven_tiles_with_skips():
+    length, *rows = SKIPS["two"]
+    chunks = chunks_of(rows, length)
+    compare(*inputs(2, 3, 1, length, length, 48, tables("kerple_slow", 3, chunks.reach)), rtol=1e-5, blocks=UNEVEN, chunks=chunks)
+
+
+@needs_kernel
+def test_left_padding_with_skips():
+    """In the first chunk, up to its end, and beyond it."""
+    chunks = chunks_of([[(0, -20), (50, 30)], [(0, 0), (40, 30)], [(0, 0), (20, 90), (40, 95)]], 70)
+    compare(*inputs(3, 2, 1, 70, 70, 16, tables("half", 2, chunks.reach)), rtol=1e-5, k_start=torch.tensor([20, 40, 37]), chunks=chunks)
+
+
+@needs_kernel
+def test_half_precision_with_skips():
+    length, *rows = SKIPS["two"]
+    chunks = chunks_of(rows, length)
+    compare(*inputs(2, 2, 1, length, length, 64, tables("kerple", 2, chunks.reach), torch.float16), rtol=4e-3, chunks=chunks)
+
+
+@needs_kernel
+def test_far_tiles_between_chunks_miss_by_the_tolerance():
+    """Wherever in its window a tile of another chunk begins, its parabola is within the tolerance: with none, all tiles read the table."""
+    chunks = chunks_of([[(0, 0), (35, skip)] for skip in (121, 126, 131)], 70)
+    leaves, g = inputs(3, 2, 1, 70, 70, 16, tables("kerple", 2, chunks.reach))
+    exact = biased_attention(*leaves, blocks=SMALL, tolerance=0.0, chunks=chunks)
+    loose = biased_attention(*leaves, blocks=SMALL, tolerance=1e-3, chunks=chunks)
+    assert 0 < (exact - loose).abs().max() < 4e-3 * leaves[2].abs().max()
+    compare(leaves, g, rtol=3e-3, tolerance=1e-3, chunks=chunks)
+
+
+@needs_kernel
+def test_one_chunk_is_no_skip():
+    leaves, g = inputs(1, 2, 1, 70, 70, 16, tables("kerple", 2, 70))
+    chunks = chunks_of([[(0, 9)]], 70)
+    one, plain = (biased_attention(*leaves, blocks=SMALL, chunks=given) for given in (chunks, None))
+    for a, b in zip((one, *torch.autograd.grad(one, leaves, g)), (plain, *torch.autograd.grad(plain, leaves, g))):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@needs_kernel
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_skips_with_the_tiles_of_a_gpu(dim):
+    chunks = chunks_of([[(0, 0), (413, 20000)], [(0, 0), (130, 7), (900, 30000)], [(0, 0)]], 1000)
+    compare(*inputs(3, 4, 2, 1000, 1000, dim, tables("kerple", 4, chunks.reach), torch.bfloat16), rtol=3e-2, blocks=None, chunks=chunks)
+
+
 def shape_of(heads: int, head_dim: int) -> Shape:
     trained = Frequencies((1.0,))
     return Shape("llama", heads * head_dim, 1, heads, heads, head_dim, head_dim, 10000.0, trained, "default", 64)
@@ -209,15 +303,20 @@ def test_one_compilation_for_all_lengths_and_methods():
     def compiled():
         return [len(f.device_caches[torch.cuda.current_device()][0]) for f in (kernel._forward, kernel._dq, kernel._dkv, kernel._dtable)]
 
-    def run(kind, tq, tk):
-        leaves, g = inputs(1, 2, 1, tq, tk, 64, tables(kind, 2, tk))
-        torch.autograd.grad(biased_attention(*leaves), leaves, g)
+    def run(kind, tq, tk, chunks=None):
+        leaves, g = inputs(1, 2, 1, tq, tk, 64, tables(kind, 2, tk if chunks is None else chunks.reach))
+        torch.autograd.grad(biased_attention(*leaves, chunks=chunks), leaves, g)
 
     run("alibi", 256, 256)
     before = compiled()
     for kind, tq, tk in (("random", 1, 300), ("kerple", 1000, 1000), ("t5", 77, 1024)):
         run(kind, tq, tk)
     assert compiled() == before
+    run("alibi", 256, 256, chunks_of([[(0, 0), (100, 50)]], 256))
+    assert compiled() == [n + 1 for n in before]
+    run("kerple", 301, 301, chunks_of([[(0, 0)]], 301))
+    run("random", 500, 500, chunks_of([[(0, 0), (1, 50), (77, 1000)]], 500))
+    assert compiled() == [n + 1 for n in before]
 
 
 def far_error(table, coefficients, phase, step, width):
@@ -281,6 +380,21 @@ def test_shapes_that_do_not_fit_together():
         biased_attention(q, k[:, :, :4], k[:, :, :4], table)
     with pytest.raises(ValueError, match="at least 8 distances"):
         biased_attention(q, k, k, table[:, :7])
+
+
+def test_chunks_that_do_not_fit_together():
+    q, k, table = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 8, 16), torch.zeros(4, 20)
+    chunks = Chunks(torch.tensor([[0, 3, 8]] * 2, dtype=torch.int32), torch.tensor([[0, 12]] * 2, dtype=torch.int32), 20)
+    with pytest.raises(ValueError, match="at least 20 distances"):
+        biased_attention(q, k, k, table[:, :19], chunks=chunks)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        biased_attention(q[:, :, :7], k, k, table, chunks=chunks)
+    with pytest.raises(ValueError, match="no shorter reach"):
+        biased_attention(q, k, k, table, chunks=chunks._replace(reach=7))
+    with pytest.raises(ValueError, match="C at least 1"):
+        biased_attention(q, k, k, table, chunks=chunks._replace(skips=chunks.skips[:1]))
+    with pytest.raises(ValueError, match="int32"):
+        biased_attention(q, k, k, table, chunks=chunks._replace(cuts=chunks.cuts.long()))
 
 
 def test_imports_without_triton():

@@ -3,14 +3,16 @@
 Where Triton does not run, dense attention from the same arguments takes its place, so that all but the kernel itself is tested.
 """
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hf_longctx import method
 from hf_longctx.integration import attention
 from hf_longctx.kernels.biased_attention import Table, biased_attention
 from tests.conftest import TINY
-from tests.test_biased_kernel import DEVICE, needs_kernel, oracle
+from tests.test_biased_kernel import DEVICE, needs_kernel, oracle, positions_of
 from tests.test_slot_laws import patched
 
 pytestmark = pytest.mark.filterwarnings("ignore:the sum of exp", "ignore:.*gradient_checkpointing")
@@ -19,9 +21,11 @@ LEARNED = ("mkl_learned",)
 BIASES = [("alibi",), ("mkl_learned",), ("kerple_power", "log_n"), ("t5", "nope")]
 
 
-def dense(q, k, v, table, scale=None, *, k_start=None):
+def dense(q, k, v, table, scale=None, *, k_start=None, chunks=None):
     assert isinstance(table, Table)
-    return oracle(q.double(), k.double(), v.double(), table.values.double(), q.shape[3] ** -0.5 if scale is None else scale, k_start).to(q.dtype)
+    positions = None if chunks is None else positions_of(chunks, q.shape[2])
+    assert positions is None or positions[:, -1].sub(positions[:, 0]).max() < chunks.reach == table.values.shape[1]
+    return oracle(q.double(), k.double(), v.double(), table.values.double(), q.shape[3] ** -0.5 if scale is None else scale, k_start, positions).to(q.dtype)
 
 
 @pytest.fixture(params=["dense", pytest.param("triton", marks=needs_kernel)])
@@ -31,7 +35,7 @@ def calls(request, monkeypatch):
     inner = dense if request.param == "dense" else biased_attention
 
     def counted(*args, **kwargs):
-        made.append(args)
+        made.append((*args, kwargs["chunks"]))
         return inner(*args, **kwargs)
 
     monkeypatch.setattr(attention.kernel, "serves", lambda x: True)
@@ -113,9 +117,83 @@ def test_a_prompt_in_two_pieces_then_a_token(calls, monkeypatch):
     same(calls, monkeypatch, pieces, 4)  # one token has nothing to gain from it
 
 
-def skipped(ids):
-    """Positions with a gap."""
-    return {"position_ids": torch.arange(LENGTH, device=DEVICE)[None] + 100 * (torch.arange(LENGTH, device=DEVICE) >= 20)[None]}
+def pose(rows, chunks=2, seed=0):
+    """Positions of PoSE, [rows + 1, LENGTH]: each row with cuts and skips of its own, the last without."""
+    drawn, made = np.random.default_rng(seed), method("pose", chunks=chunks, target=300)
+    skips = [made.positions(LENGTH, 10**6, drawn)[1] for _ in range(rows)]
+    return torch.from_numpy(np.stack([*skips, np.arange(LENGTH)])).to(DEVICE)
+
+
+@pytest.mark.parametrize("names", BIASES, ids="+".join)
+def test_every_gradient_at_positions_that_skip(names, calls, monkeypatch):
+    model, ids = patched("llama", names).to(DEVICE).train(), tokens(3)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": pose(2)}
+
+    def gradients():
+        model.zero_grad()
+        loss = model(ids, labels=ids, use_cache=False, **given).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    got, want = gradients(), blocks(monkeypatch, gradients)
+    assert len(calls) == 2
+    assert all(torch.equal(positions_of(call[-1], LENGTH), given["position_ids"].cpu()) for call in calls)
+    for name in want:
+        assert want[name].any(), name
+        assert (got[name] - want[name]).abs().max() <= 2e-4 * want[name].abs().max(), name
+    given["position_ids"] = torch.arange(LENGTH, device=DEVICE)[None]
+    assert (gradients()["loss"] - want["loss"]).abs() > 1e-3  # that skips matter here
+
+
+@pytest.mark.parametrize("chunks", [4, attention.CHUNKS])
+def test_more_chunks_and_left_padding(chunks, calls, monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens(3)
+    mask, positions = torch.ones_like(ids), pose(2, 3)
+    positions[0] = torch.arange(LENGTH, device=DEVICE) + 9 * (torch.arange(LENGTH, device=DEVICE) // (LENGTH // chunks))
+    mask[1, :13] = 0
+    positions[1] = torch.where(mask[1].bool(), positions[1], 1)
+    same(calls, monkeypatch, lambda: model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()], 2)
+    assert calls[0][-1].skips.shape[1] == chunks
+
+
+def test_one_row_of_positions_for_all(calls, monkeypatch):
+    """And of the mask."""
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens(2)
+    same(calls, monkeypatch, lambda: model(ids, attention_mask=torch.ones_like(ids[:1]), position_ids=pose(1)[:1]).logits, 2)
+
+
+def test_layers_share_one_table_at_positions_that_skip(calls):
+    model, evaluated = patched("llama", ("kerple",)).to(DEVICE).train(), []
+    model.longctx_bias.of(0).register_forward_pre_hook(lambda *_: evaluated.append(1))
+    model(tokens(2), labels=tokens(2), attention_mask=torch.ones_like(tokens(2)), position_ids=pose(1), use_cache=False).loss.backward()
+    assert len(evaluated) == 2  # the backward pass makes it again
+    assert len({id(call[3]) for call in calls}) == 1
+
+
+def skips_without_a_mask(ids):
+    """Transformers takes them for packed documents."""
+    return {"attention_mask": None, "position_ids": pose(1), "use_cache": False}
+
+
+def positions_that_begin_again(ids):
+    return {"position_ids": (torch.arange(LENGTH, device=DEVICE) % 25)[None]}
+
+
+def a_position_twice(ids):
+    return {"position_ids": (torch.arange(LENGTH, device=DEVICE) - (torch.arange(LENGTH, device=DEVICE) > 20).long())[None]}
+
+
+def skips_at_every_token(ids):
+    return {"position_ids": 2 * torch.arange(LENGTH, device=DEVICE)[None]}
+
+
+def one_chunk_too_many(ids):
+    index = torch.arange(LENGTH, device=DEVICE)
+    return {"position_ids": (index + (index // 3).clamp(max=attention.CHUNKS))[None]}
+
+
+def skips_too_far(ids):
+    return {"position_ids": torch.arange(LENGTH, device=DEVICE)[None] + attention.REACH * (torch.arange(LENGTH, device=DEVICE) >= 20)[None]}
 
 
 def holes(ids):
@@ -135,12 +213,32 @@ def packed(ids):
     return {"attention_mask": ((segment[:, None] == segment) & torch.ones(LENGTH, LENGTH, device=DEVICE).tril().bool())[None, None].expand(2, 1, -1, -1)}
 
 
-@pytest.mark.parametrize("rest", [skipped, holes, padded_on_the_right, packed])
+OTHERWISE = [
+    holes, padded_on_the_right, packed, skips_without_a_mask, positions_that_begin_again, a_position_twice, skips_at_every_token, one_chunk_too_many, skips_too_far,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", OTHERWISE)
 def test_what_is_not_plainly_causal_is_left_to_the_blocks(rest, calls, monkeypatch):
     model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
     given = {"attention_mask": torch.ones_like(ids)} | rest(ids)
-    seen = given["attention_mask"].bool() if given["attention_mask"].dim() == 2 else torch.ones_like(ids).bool()
+    mask = given["attention_mask"]
+    seen = mask.bool() if mask is not None and mask.dim() == 2 else torch.ones_like(ids).bool()
     same(calls, monkeypatch, lambda: model(ids, **given).logits[seen], 0)
+
+
+def test_skips_behind_a_cache_are_left_to_the_blocks(calls, monkeypatch):
+    """A cache does not remember positions."""
+    model, ids = patched("llama", LEARNED).to(DEVICE), tokens()
+    positions = torch.arange(LENGTH, device=DEVICE)[None]
+    positions = positions + 50 * (positions > 30)
+
+    def pieces():
+        cache = DynamicCache(config=model.config)
+        given = [(part, where, torch.ones_like(ids[:, :end])) for part, where, end in zip(ids.split([17, 23], 1), positions.split([17, 23], 1), (17, LENGTH))]
+        return torch.cat([model(part, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True).logits for part, where, mask in given], 1)
+
+    same(calls, monkeypatch, pieces, 2)  # of the first piece
 
 
 def test_a_static_cache_is_left_to_the_blocks(calls, monkeypatch):

@@ -7,7 +7,7 @@ A forward pre-hook on the decoder works out where the tokens of a pass stand (`l
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from hf_longctx.modules import Bias, PerLayer
 FULL_ROWS = "sdpa_full_rows"
 LONGCTX = "longctx_sdpa"
 BLOCK = 2**24  # logits that are held at once where a bias is added to them
+CHUNKS = 8  # of a row, at most, that the kernel takes: its third pass launches programs for every pair
+REACH = 2**21  # the longest table of distances made for skips: 256 MiB with 32 heads, and a few copies of it
 
 
 def mask_of_full_rows(*, q_length: int, kv_length: int, local_size: int | None = None, allow_is_causal_skip: bool = True, **rest: Any) -> Tensor | None:
@@ -83,19 +85,51 @@ class Tokens:
         return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
 
     @cached_property
-    def k_start(self) -> Tensor | None:
-        """The first valid key of each row, [batch or 1], if nothing else sets the pass apart from a plain causal one.
+    def layout(self) -> "Layout | None":
+        """How keys and positions lie, if nothing else sets the pass apart from a plain causal one; None if the kernel does not compute it.
 
-        None where a distance of positions is not one of keys, as with skips, or padding stands between tokens. It waits for the
-        device, once a pass.
+        Rows may be padded on the left, not between tokens. Positions may skip upward, in self-attention and with a 2-D mask: without
+        one Transformers takes any skip for the beginning of a packed document. It waits for the device, once a pass.
         """
         if not self.causal:
             return None
+        keys, queries = self.k_pos.shape[1], self.q_pos.shape[1]
         valid = torch.ones_like(self.k_pos, dtype=torch.bool) if self.k_valid is None else self.k_valid
-        queries = self.q_pos.shape[1]
-        ahead, present = self.q_pos - torch.arange(queries, device=self.q_pos.device), valid[:, -queries:]
-        steady = ahead.where(present, 2**31).amin(-1) >= ahead.where(present, -(2**31)).amax(-1)
-        return (~valid).sum(-1) if bool(steady.all() & (valid[:, 1:] >= valid[:, :-1]).all()) else None
+        steps = (self.q_pos - torch.arange(queries, device=self.q_pos.device)).diff() * valid[:, -queries:][:, :-1]  # those out of padding are none
+        holes, back = (valid[:, 1:] < valid[:, :-1]).any(), (steps < 0).any()
+        jumps, reach = (x.sum(-1).amax() for x in (steps > 0, steps))
+        broken, jumps, reach = torch.stack([(holes | back).long(), jumps, reach]).tolist()
+        start = (~valid).sum(-1)
+        if broken or jumps == 0:
+            return None if broken else Layout(start, None)
+        if keys > queries or self.k_valid is None or jumps >= CHUNKS or keys + reach > REACH:
+            return None
+        return Layout(start, _chunks(steps, jumps + 1, keys + reach))
+
+
+class Layout(NamedTuple):
+    """How the keys of a causal pass lie.
+
+    Attributes:
+        start: the first valid key of each row, [batch or 1].
+        chunks: where positions skip; None where a distance of positions is one of keys.
+    """
+
+    start: Tensor
+    chunks: kernel.Chunks | None
+
+    def reach(self, keys: int) -> int:
+        """How many distances there are."""
+        return keys if self.chunks is None else self.chunks.reach
+
+
+def _chunks(steps: Tensor, count: int, reach: int) -> kernel.Chunks:
+    """Chunks from how far each token but the first of a row jumps, [batch, tokens - 1], none of them back and at most count - 1 ahead."""
+    length = steps.shape[1] + 1
+    index = torch.arange(1, length, device=steps.device)
+    cuts = pad(index.where(steps > 0, length).sort().values[:, : count - 1], (1, 0))
+    skips = pad(steps.cumsum(-1), (1, 0)).gather(1, cuts.clamp(max=length - 1))
+    return kernel.Chunks(pad(cuts, (0, 1), value=length).int(), skips.int(), reach)
 
 
 def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | None, cache: Any, layer: int) -> Tokens:
@@ -152,9 +186,10 @@ def attend(
     if rest.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
     bias = longctx.bias.of(layer)
-    if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.k_start is not None:
-        table = _shared(longctx, key.shape[2]) or _table(bias, query.shape[1], key.shape[2], query.device)
-        return _by_kernel(query, key, value, table, scaling, longctx.k_start).transpose(1, 2).contiguous(), None
+    if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.layout is not None:
+        reach = longctx.layout.reach(key.shape[2])
+        table = _shared(longctx, reach) or _table(bias, query.shape[1], reach, query.device)
+        return _by_kernel(query, key, value, table, scaling, longctx.layout).transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, bias)
     return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
@@ -168,23 +203,26 @@ def share_table(tokens: Tokens, heads: int, query: Tensor) -> None:
     if tokens.bias is None or len(tokens.bias.layers) > 1:
         return
     bias = tokens.bias.of(0)
-    if bias.by_distance and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.k_start is not None:
-        tokens.table = _table(bias, heads, tokens.k_pos.shape[1], query.device)
+    if bias.by_distance and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.layout is not None:
+        tokens.table = _table(bias, heads, tokens.layout.reach(tokens.k_pos.shape[1]), query.device)
 
 
-def _shared(tokens: Tokens, keys: int) -> kernel.Table | None:
+def _shared(tokens: Tokens, reach: int) -> kernel.Table | None:
     """The table of the pass, unless checkpointing is reentrant: each layer's backward pass is then one of its own, and would free the graph."""
     if tokens.table is not None and tokens.table.values.requires_grad and not torch.is_grad_enabled():
         tokens.table = None
-    return tokens.table if tokens.table is not None and tokens.table.values.shape[1] == keys else None
+    return tokens.table if tokens.table is not None and tokens.table.values.shape[1] == reach else None
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, table: kernel.Table, scaling: float | None, start: Tensor) -> Tensor:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, table: kernel.Table, scaling: float | None, layout: Layout) -> Tensor:
     """[batch, heads, queries, head_dim]"""
     device = query.device
     if torch.is_autocast_enabled(device.type):  # as SDPA does by itself: RoPE may have left queries and keys in float32
         query, key, value = (t.to(torch.get_autocast_dtype(device.type)) for t in (query, key, value))
-    return kernel.biased_attention(query, key, value, table, scaling, k_start=start.expand(query.shape[0]))
+    batch, chunks = query.shape[0], layout.chunks
+    if chunks is not None:
+        chunks = chunks._replace(cuts=chunks.cuts.expand(batch, -1).contiguous(), skips=chunks.skips.expand(batch, -1).contiguous())
+    return kernel.biased_attention(query, key, value, table, scaling, k_start=layout.start.expand(batch), chunks=chunks)
 
 
 def _table(bias: Bias, heads: int, length: int, device: torch.device) -> kernel.Table:

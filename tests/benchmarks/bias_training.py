@@ -1,9 +1,10 @@
 """Tokens/s of a training step of a SmolLM2-shaped model with a bias in RoPE's place, beside stock RoPE. One CUDA GPU.
 
-    python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--blocks]
+    python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--pose] [--blocks]
 
 Random weights, bfloat16, gradient checkpointing, forward and backward of the decoder; the optimizer costs the same for all. Prints
-tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not.
+tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not. With --pose, at positions of PoSE's two
+chunks up to 16,384.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import time
 import warnings
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_longctx import method
 from hf_longctx.integration import attention
 from hf_longctx.method import load_methods
 from hf_longctx.patching import patch_model
@@ -32,24 +35,34 @@ BIASES = {
 }
 
 
+TARGET = 16384
+
+
 def build(bias):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2), dtype=torch.bfloat16).cuda()
     if bias:
-        patch_model(model, load_methods([{"name": "nope", "target": 16384}, *bias]))
+        patch_model(model, load_methods([{"name": "nope", "target": TARGET}, *bias]))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def speed(bias, rows: int, length: int, repeats: int) -> tuple[float, float]:
+def positions(rows: int, length: int, pose: bool) -> torch.Tensor:
+    """[rows, length]"""
+    drawn, made = np.random.default_rng(0), method("pose", target=TARGET)
+    return torch.from_numpy(np.stack([made.positions(length, TARGET, drawn)[1] if pose else np.arange(length) for _ in range(rows)])).cuda()
+
+
+def speed(bias, rows: int, length: int, repeats: int, pose: bool) -> tuple[float, float]:
     """Tokens/s, the median step after two, and GiB."""
     model, ids, taken = build(bias), torch.randint(0, SMOLLM2["vocab_size"], (rows, length), device="cuda"), []
+    where = positions(rows, length, pose)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.zero_grad()
-        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=where, use_cache=False).last_hidden_state
         (hidden.float() ** 2).mean().backward()
         torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
@@ -61,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pose", action="store_true")
     parser.add_argument("--blocks", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -71,7 +85,7 @@ def main() -> None:
             if blocks and not bias:
                 continue
             with patch.object(attention.kernel, "serves", (lambda x: False) if blocks else attention.kernel.serves):
-                tokens, memory = speed(bias, options.rows, options.length, options.repeats)
+                tokens, memory = speed(bias, options.rows, options.length, options.repeats, options.pose)
             stock = stock or tokens
             print(f"{name + (', in blocks' if blocks else ''):42} {tokens:10,.0f} tok/s {stock / tokens:6.2f}x stock's time {memory:6.2f} GiB", flush=True)
             torch.cuda.empty_cache()

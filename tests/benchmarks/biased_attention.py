@@ -1,28 +1,36 @@
 """Attention with a bias of the distance, learned or not: the Triton kernels beside SDPA and FlexAttention. One CUDA GPU.
 
-    python tests/benchmarks/biased_attention.py [--lengths 32768 65536 131072] [--skip flex_alibi dense ...] [--only-check] [--parts] [--sweep]
+    python tests/benchmarks/biased_attention.py [--lengths 32768 65536 131072] [--skip flex_alibi dense ...] [--only-check] [--only-pose] [--parts] [--sweep]
 
 32 heads of 128, 8 key heads, bfloat16, batch 1. First errors against dense float32 attention at 1,024 tokens; then, by length,
 milliseconds of a forward and of a forward with its backward (median), peak memory, and both as ratios to causal FlexAttention
 of the same run. What a first call costs, compilation above all, is printed apart. Rows of ours make their table in each call.
 
-`--parts` times each kernel by itself, `--sweep` each with other tiles.
+`--parts` times each kernel by itself, `--sweep` each with other tiles. `--only-pose` times 8 x 2,048 tokens at PoSE's positions up to
+32,768 with a learned bias: the kernels, the blocks of SDPA that serve where they do not, and the kernels at plain positions.
 """
 
 import argparse
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hf_longctx import method
+from hf_longctx.integration import attention
 from hf_longctx.kernels import biased_attention as kernel
 from hf_longctx.kernels.biased_attention import Launch, biased_attention
 from hf_longctx.method import Frequencies, Shape
+from hf_longctx.modules import PerLayer
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SHAPE = Shape("llama", HEADS * DIM, 1, HEADS, KV_HEADS, DIM, DIM, 10000.0, Frequencies((1.0,)), "default", 4096)
@@ -195,8 +203,7 @@ class Parts:
 
     def __init__(self, length: int, table: torch.Tensor):
         self.q, self.k, self.v, self.g = (x.detach() for x in inputs(length))
-        self.front = 512
-        self.bias = kernel.padded_table(table, self.front, self.front)
+        self.table = kernel.Table(table)
         self.starts = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.blocks = kernel.blocks_for(DIM, torch.bfloat16)
         p = self.problem(self.blocks)
@@ -204,7 +211,7 @@ class Parts:
         self.delta = kernel._run_row_dot(p, self.out, self.g)
 
     def problem(self, blocks: kernel.Blocks) -> kernel._Problem:
-        return kernel._Problem(self.bias, self.front, self.starts, DIM**-0.5, kernel.TOLERANCE[torch.bfloat16], blocks)
+        return kernel._problem(self.table, self.starts, None, DIM**-0.5, kernel.TOLERANCE[torch.bfloat16], blocks)
 
     def run(self, name: str, launch: Launch, repeats: int) -> str:
         p = self.problem(self.blocks._replace(**{name: launch}))
@@ -231,17 +238,92 @@ def time_parts(length: int, repeats: int, sweep: bool, kinds: list[str]) -> None
                 say("  " + parts.run(name, Launch(*launch), repeats))
 
 
+# --- positions that skip ---
+
+POSE_ROWS, POSE_LENGTH, POSE_TARGET = 8, 2048, 32768
+POSE_SHAPES = {"32 heads of 128, 8 key heads": (32, 8, 128), "SmolLM2-135M, 9 heads of 64, 3 key heads": (9, 3, 64)}
+
+
+class Pass:
+    """Attention of one layer as a model calls it, with a learned `kerple`; the positions are read once, as by the many layers of a pass."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, chunks: int):
+        """chunks: 1 for plain positions."""
+        made = torch.Generator("cuda").manual_seed(0)
+        sizes = (heads, kv_heads, kv_heads, heads)
+        self.q, self.k, self.v, self.g = (torch.randn(POSE_ROWS, h, POSE_LENGTH, dim, generator=made, device="cuda").bfloat16() for h in sizes)
+        self.bias = method("kerple").bias(dataclasses.replace(SHAPE, heads=heads, kv_heads=kv_heads, head_dim=dim)).cuda()
+        self.tokens = attention.locate(POSE_LENGTH, torch.device("cuda"), torch.ones(POSE_ROWS, POSE_LENGTH, device="cuda"), self.positions(chunks), None, 0)
+        self.tokens.bias, self.tokens.layers = PerLayer([self.bias]), frozenset([0])
+        assert self.tokens.layout is not None
+        assert (self.tokens.layout.chunks is None) == (chunks == 1)
+
+    @staticmethod
+    def positions(chunks: int) -> torch.Tensor:
+        """[rows, tokens], the same in each call."""
+        drawn = np.random.default_rng(0)
+        if chunks == 1:
+            return torch.arange(POSE_LENGTH, device="cuda").expand(POSE_ROWS, -1)
+        rows = [method("pose", chunks=chunks, target=POSE_TARGET).positions(POSE_LENGTH, POSE_TARGET, drawn)[1] for _ in range(POSE_ROWS)]
+        return torch.from_numpy(np.stack(rows)).cuda()
+
+    def forward(self, *qkv: torch.Tensor) -> torch.Tensor:
+        module = SimpleNamespace(layer_idx=0)
+        return attention.attend(module, *(qkv or (self.q, self.k, self.v)), None, longctx=self.tokens)[0].transpose(1, 2)
+
+    def gradients(self, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+        """The output, and the gradients of queries, keys, values and the bias's parameters."""
+        leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
+        out = self.forward(*leaves)
+        return out, *torch.autograd.grad(out, [*leaves, *self.bias.parameters()], self.g.to(dtype))
+
+
+def in_blocks() -> AbstractContextManager[object]:
+    """Within it, the kernels serve nobody."""
+    return patch.object(kernel, "serves", lambda x: False)
+
+
+def time_pose(repeats: int) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name, sizes in POSE_SHAPES.items():
+        say(f"\n{POSE_ROWS} x {POSE_LENGTH:,} tokens to {POSE_TARGET:,}, kerple learned; {name}")
+        skips = Pass(*sizes, chunks=2)
+        with in_blocks():
+            want, rounded = skips.gradients(torch.float32), skips.gradients()
+        errors = {}
+        for label, got in (("blocks", rounded), ("kernels", skips.gradients())):
+            errors[label] = [((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want)]
+            names = ["out", "dq", "dk", "dv", *["parameter"] * len(want)]
+            say(f"  {label:7} in bfloat16, off float32 blocks: " + "  ".join(f"{n} {e:.1e}" for n, e in zip(names, errors[label])))
+        if any(ours > max(0.03, 2 * theirs) for ours, theirs in zip(errors["kernels"], errors["blocks"])):
+            raise SystemExit("the kernels are further off than bfloat16 explains; no times")
+        del want, rounded, got
+        say(f"  {'':24}forward ms   ratio | with backward ms   ratio     GiB")
+        base: tuple[float, float] | None = None
+        for label, chunks in (("kernels, plain positions", 1), ("kernels, 2 chunks", 2), ("kernels, 4 chunks", 4), ("blocks, 2 chunks", 2)):
+            run = Pass(*sizes, chunks)
+            with in_blocks() if "blocks" in label else patch.object(kernel, "serves", kernel.serves):
+                with torch.no_grad():
+                    forward = clock(run.forward, repeats)[0]
+                both, memory, _ = clock(run.gradients, repeats)
+            base = base or (forward, both)
+            say(f"  {label:24} {forward:9.2f} {forward / base[0]:6.2f}x | {both:16.2f} {both / base[1]:6.2f}x {memory:7.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 65536, 131072])
     parser.add_argument("--skip", nargs="*", default=[], choices=[*ROWS, "check", "dense", "times"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only-check", action="store_true")
+    parser.add_argument("--only-pose", action="store_true", help="positions that skip, and nothing else")
     parser.add_argument("--parts", action="store_true", help="each kernel by itself, at the first length")
     parser.add_argument("--sweep", action="store_true", help="each kernel with other tiles, at the first length")
     parser.add_argument("--kinds", nargs="*", default=["ours_alibi", "ours_random"], choices=[*METHODS, "ours_random"], help="tables of --parts and --sweep")
     options = parser.parse_args()
     say(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", kernel.triton.__version__)
+    if options.only_pose:
+        return time_pose(options.repeats)
     if "check" not in options.skip:
         start = time.perf_counter()
         check(1024)
