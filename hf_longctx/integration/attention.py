@@ -221,7 +221,8 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, table: kernel.Table, s
         query, key, value = (t.to(torch.get_autocast_dtype(device.type)) for t in (query, key, value))
     batch, chunks = query.shape[0], layout.chunks
     if chunks is not None:
-        chunks = chunks._replace(cuts=chunks.cuts.expand(batch, -1).contiguous(), skips=chunks.skips.expand(batch, -1).contiguous())
+        cuts, skips = (x.expand(batch, -1).contiguous().to(device) for x in chunks[:2])
+        chunks = chunks._replace(cuts=cuts, skips=skips)
     return kernel.biased_attention(query, key, value, table, scaling, k_start=layout.start.expand(batch), chunks=chunks)
 
 
