@@ -3,8 +3,8 @@
     python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--pose] [--blocks]
 
 Random weights, bfloat16, gradient checkpointing, forward and backward of the decoder; the optimizer costs the same for all. Prints
-tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not. With --pose, at positions of PoSE's two
-chunks up to 16,384.
+tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not. With
+--pose, at positions of PoSE's two chunks up to 16,384.
 """
 
 import argparse
