@@ -679,7 +679,7 @@ def _dtable(
         bias += tl.cast(h, tl.int64) * longest + apart
         window, slide = _window(apart - (BN - 1) - phase, BN)
         reads = window < tl.load(near + h)
-        if CUT:  # the division above was exact
+        if CUT:  # elsewhere windows begin where tiles do; here the division rounds a distance below zero up to the first window
             reads = reads | (apart < BN - 1 + phase)
         # One loop for near and far, unlike elsewhere: shared memory is too small for the tiles of two that exclude each other.
         row, column, x, y = _terms(coef + tl.cast(h, tl.int64) * windows * 3, tl.maximum(window, 0), slide, r, c, BM, BN, CUT)
