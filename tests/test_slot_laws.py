@@ -560,6 +560,14 @@ def test_a_bias_is_computed_once_for_rows_that_stand_alike(alike, monkeypatch):
     assert rows == ({1} if alike else {3})
 
 
+@pytest.mark.parametrize("where", [torch.zeros(2, 1), torch.zeros(1, 5)], ids=["a decoding step", "one row"])
+def test_nobody_waits_for_the_device_to_compare_what_is_not_worth_it(where, monkeypatch):
+    """Decoding steps may be recorded as a CUDA graph, where waiting is an error."""
+    monkeypatch.setattr(Tensor, "__bool__", lambda self: pytest.fail("a tensor was read"))
+    found = attention.Tokens(where, where, where, None, True)
+    assert found.places == (found.q_pos, found.k_pos)
+
+
 def test_the_block_law_catches_a_whole_table(monkeypatch):
     with pytest.raises(AssertionError):
         law_blocks_equal_the_whole(patched(), monkeypatch, block=2**24)

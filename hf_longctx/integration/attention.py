@@ -79,7 +79,7 @@ class Tokens:
         It waits for the device, once a pass; not in decoding, whose steps are short and may be recorded.
         """
         one_row = len(self.q_pos) == len(self.k_pos) == 1
-        if one_row or self.q_pos.shape[1] == 1 or self.q_pos.is_meta or torch.compiler.is_compiling():
+        if one_row or self.q_pos.shape[1] == 1:
             return self.q_pos, self.k_pos
         alike = bool((self.q_pos == self.q_pos[:1]).all() & (self.k_pos == self.k_pos[:1]).all())
         return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
