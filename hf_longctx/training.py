@@ -25,7 +25,6 @@ from hf_longctx.data import collate
 from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
 from hf_longctx.integration.attention import expect_full_rows
-from hf_longctx.integration.configs import is_ours
 from hf_longctx.lanes import collate_rows
 from hf_longctx.lora import add_lora, base_model, is_quantised
 from hf_longctx.loss import BlockLoss, check_block_loss
@@ -276,8 +275,7 @@ def _compiles(what: Plan, model: nn.Module) -> bool:
     """Whether compiling pays: `compile: auto` needs a GPU, enough steps, and layers that compile well."""
     if what.recipe.compile != "auto":
         return what.recipe.compile == "on"
-    special = is_quantised(base_model(model)) or is_ours(what.config)  # it asks for its layer's number: each layer would be compiled by itself
-    special = special or what.passing is not None  # states come from outside the graph
+    special = is_quantised(base_model(model)) or what.passing is not None  # states come from outside the graph
     return torch.cuda.is_available() and what.steps >= 50 and not special
 
 

@@ -12,9 +12,10 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_longctx import callbacks, checkpoint, data, planning, training
+from hf_longctx import callbacks, checkpoint, data, patch, planning, training
 from tests.conftest import byte_tokenizer, forked, tiny_config, tiny_model
 
 
@@ -53,8 +54,8 @@ def adapted(recipe, out):
         kept.append(model)
         original(what, model, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_save_result", keep)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "_save_result", keep)
         training.finetune(recipe, out)
     return out, kept[0].eval()
 
@@ -166,7 +167,7 @@ def test_the_learning_rate_follows_the_planned_steps(recipe, tmp_path):
     ("cuda", "steps", "compile", "methods", "wanted"),
     [
         (True, 60, "auto", ["yarn"], True), (False, 60, "auto", ["yarn"], False), (True, 6, "auto", ["yarn"], False),
-        (True, 60, "auto", ["yarn", "alibi"], False), (False, 6, "on", ["yarn"], True), (True, 60, "off", ["yarn"], False),
+        (True, 60, "auto", ["yarn", "alibi"], True), (False, 6, "on", ["yarn"], True), (True, 60, "off", ["yarn"], False),
     ],
 )  # fmt: skip
 def test_compilation_is_left_to_cuda_and_long_runs(recipe, monkeypatch, cuda, steps, compile, methods, wanted):
@@ -202,6 +203,34 @@ def test_each_layer_is_compiled_by_itself(family, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: layers.append(self))
     training.compile_layers(model)
     assert len(layers) == model.config.num_hidden_layers
+
+
+def captured(model, monkeypatch) -> tuple[int, int]:
+    """Frames that training compiles, and operations in their graphs; gradients are what they are without."""
+    made = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: made(self, backend="aot_eager", **kwargs))
+    ids, found = torch.arange(3, 35).reshape(2, 16), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        if compiled:
+            training.compile_layers(model)
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    monkeypatch.undo()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    return counters["frames"]["total"], counters["stats"]["calls_captured"]
+
+
+@pytest.mark.parametrize("methods", [[{"name": "kerple"}, {"name": "log_n"}], [{"name": "alibi", "slopes": [0.1, 0.2, 0.3, 0.4]}]], ids=["learned", "fixed"])
+def test_a_bias_stays_out_of_compiled_graphs(methods, monkeypatch):
+    """It asks for its layer's number: compiled along, layers would not share their graphs."""
+    of_one, of_four = (captured(patch(tiny_model(num_hidden_layers=layers), methods).train(), monkeypatch) for layers in (1, 4))
+    assert of_one == of_four
+    _, operations = captured(tiny_model().train(), monkeypatch)
+    assert 0 < of_one[1] < operations  # attention itself is not among them
 
 
 # --- stop and resume

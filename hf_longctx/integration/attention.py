@@ -177,6 +177,12 @@ def attend(
     """
     if longctx is None:
         raise RuntimeError(f"{type(module).__name__} was called without the keyword longctx, so its bias and scaling would be lost; call the model, not its layers")
+    return (_attend_uncompiled if module.training else _attend)(module, query, key, value, attention_mask, scaling, dropout, longctx, rest)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None, dropout: float, longctx: Tokens, rest: dict[str, Any]
+) -> tuple[Tensor, None]:
     layer = module.layer_idx
     longctx.seen.append(layer)
     if layer in longctx.layers and longctx.scaling is not None:
@@ -267,6 +273,9 @@ def _biased(
     logits = torch.where(mask, logits, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
     return scaled_dot_product_attention(query, key, value, attn_mask=logits, dropout_p=dropout, scale=scaling)
 
+
+# It asks for its layer's number: compiled along, each layer would need graphs of its own, where `compile_layers` has one set for all.
+_attend_uncompiled = torch.compiler.disable(_attend)
 
 AttentionInterface.register(FULL_ROWS, sdpa_attention_forward)
 AttentionMaskInterface.register(FULL_ROWS, mask_of_full_rows)

@@ -1,10 +1,10 @@
 """Tokens/s of a training step of a SmolLM2-shaped model with a bias in RoPE's place, beside stock RoPE. One CUDA GPU.
 
-    python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--pose] [--blocks]
+    python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--pose] [--blocks] [--compile]
 
 Random weights, bfloat16, gradient checkpointing, forward and backward of the decoder; the optimizer costs the same for all. Prints
 tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not. With
---pose, at positions of PoSE's two chunks up to 16,384.
+--pose, at positions of PoSE's two chunks up to 16,384. With --compile, all with their layers compiled, as `longctx finetune` has them.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from hf_longctx import method
 from hf_longctx.integration import attention
 from hf_longctx.method import load_methods
 from hf_longctx.patching import patch_model
+from hf_longctx.training import compile_layers
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -38,12 +39,15 @@ BIASES = {
 TARGET = 16384
 
 
-def build(bias):
+def build(bias, compiled: bool):
     torch.manual_seed(0)
+    torch._dynamo.reset()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMOLLM2), dtype=torch.bfloat16).cuda()
     if bias:
         patch_model(model, load_methods([{"name": "nope", "target": TARGET}, *bias]))
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        compile_layers(model)
     return model.train()
 
 
@@ -53,9 +57,9 @@ def positions(rows: int, length: int, pose: bool) -> torch.Tensor:
     return torch.from_numpy(np.stack([made.positions(length, TARGET, drawn)[1] if pose else np.arange(length) for _ in range(rows)])).cuda()
 
 
-def speed(bias, rows: int, length: int, repeats: int, pose: bool) -> tuple[float, float]:
+def speed(bias, rows: int, length: int, repeats: int, pose: bool, compiled: bool) -> tuple[float, float]:
     """Tokens/s, the median step after two, and GiB."""
-    model, ids, taken = build(bias), torch.randint(0, SMOLLM2["vocab_size"], (rows, length), device="cuda"), []
+    model, ids, taken = build(bias, compiled), torch.randint(0, SMOLLM2["vocab_size"], (rows, length), device="cuda"), []
     where = positions(rows, length, pose)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats + 2):
@@ -76,16 +80,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pose", action="store_true")
     parser.add_argument("--blocks", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.rows} x {options.length} tokens", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.rows} x {options.length} tokens{', compiled' * options.compile}", flush=True)
     stock = None
     for blocks in (False, True) if options.blocks else (False,):
         for name, bias in BIASES.items():
             if blocks and not bias:
                 continue
             with patch.object(attention.kernel, "serves", (lambda x: False) if blocks else attention.kernel.serves):
-                tokens, memory = speed(bias, options.rows, options.length, options.repeats, options.pose)
+                tokens, memory = speed(bias, options.rows, options.length, options.repeats, options.pose, options.compile)
             stock = stock or tokens
             print(f"{name + (', in blocks' if blocks else ''):42} {tokens:10,.0f} tok/s {stock / tokens:6.2f}x stock's time {memory:6.2f} GiB", flush=True)
             torch.cuda.empty_cache()
