@@ -222,6 +222,7 @@ SHAPES = {  # what the vendors' config.json say
     "qwen2.5-7b-128k": _shape("qwen2", 3584, 18944, 28, 28, 4, 32768, 1000000.0, 152064, sliding_window=131072, use_sliding_window=False, max_window_layers=28),
     "qwen3-8b-128k": _shape("qwen3", 4096, 12288, 36, 32, 8, 40960, 1000000, 151936, head_dim=128, sliding_window=None, use_sliding_window=False, max_window_layers=36),
 }
+SHAPES["smollm2-135m-mkl-alibi"] = SHAPES["smollm2-135m-32k"]
 STATES = {  # of models without positions
     "mamba-130m-carry": _mixers("mamba", 768, 24, 50280, state_size=16, time_step_rank=48, tie_word_embeddings=True),
     "mamba2-130m-carry": _mixers("mamba2", 768, 24, 50288, state_size=128, num_heads=24, head_dim=64, n_groups=1, tie_word_embeddings=True),
@@ -231,6 +232,7 @@ STATE_WEIGHTS = {"mamba-130m-carry": 0.1291, "mamba2-130m-carry": 0.1290, "falco
 WEIGHTS = {  # parameters, in billions, and the window before and after
     "smollm2-135m-32k": (0.1345, 8192, 5 * 8192), "llama-2-7b-16k": (6.738, 4096, 16384), "llama-3.1-8b-256k": (8.030, 131072, 262144),
     "mistral-7b-128k": (7.248, 32768, 131072), "qwen2.5-7b-128k": (7.616, 32768, 131072), "qwen3-8b-128k": (8.191, 40960, 163840),
+    "smollm2-135m-mkl-alibi": (0.1345, 8192, 65536),
 }  # fmt: skip
 
 
@@ -260,8 +262,9 @@ def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true
     recipe = true_shape(name)
     found = planning.dry_run(recipe, samples=1)
     billions, before, after = WEIGHTS[name]
-    assert (found["trained_window"], found["target"], found["sampler"]["target"]) == (before, after, after)
-    assert [m["name"] for m in found["methods"]] == ["yarn"]
+    unrotated = name == "smollm2-135m-mkl-alibi"
+    assert (found["trained_window"], found["target"], found["sampler"].get("target")) == (before, after, None if unrotated else after)
+    assert [m["name"] for m in found["methods"]] == (["nope", "mkl_alibi"] if unrotated else ["yarn"])
     assert recipe.window <= before
     assert found["steps"] == recipe.train["max_steps"] > 0
     assert found["dropped"] == 0
