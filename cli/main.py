@@ -243,14 +243,27 @@ def inspect(model: Model, as_json: AsJson = False, revision: Revision = None) ->
     """Family, trained window, RoPE, methods applied, and who can load it."""
     _quiet_transformers()
     from hf_longctx.checkpoint import inspect_model
+    from hf_longctx.evaluation import spelled
+    from hf_longctx.method import load_methods
 
     facts = inspect_model(model, revision=revision)
     if as_json:
         out.print_json(json.dumps(facts))
-    else:
-        plain = facts | {"methods": ", ".join(m["name"] for m in facts["methods"]) or "none", "loads_with": ", ".join(facts.get("loads_with", []))}
-        plain["window"] = facts["window"] or "none"
-        _lines({key.replace("_", " "): value for key, value in plain.items()})
+        return
+    methods = ", ".join(spelled(method) for method in load_methods(facts["methods"]))
+    plain = facts | {"methods": methods or "none", "window": facts["window"] or "none", "loads_with": ", ".join(facts.get("loads_with", []))}
+    _lines({key.replace("_", " "): _in_words(value) for key, value in plain.items()})
+
+
+def _in_words(value: Any) -> str:
+    """On one line: what a dictionary says, and of a long list of numbers from where to where they go."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({said})" if isinstance(each, dict) else f"{key} {said}" for key, each in value.items() for said in [_in_words(each)])
+    if isinstance(value, list | tuple) and len(value) > 4:
+        return f"{min(value):g} to {max(value):g} ({len(value)} numbers)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

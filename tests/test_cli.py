@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import typer
 
 import hf_longctx
 from hf_longctx import training
-from hf_longctx.cli.main import app, main, parse_spec
+from hf_longctx.cli.main import _in_words, app, main, parse_spec
 from hf_longctx.method import method_names
 from hf_longctx.recipe import dump_recipe, parse_recipe
 
@@ -324,6 +325,18 @@ def test_inspect_in_words_and_as_json(longctx, base):
     assert (facts["family"], facts["trained_window"], facts["methods"]) == ("llama", 64, [])
     lines = dict(line.split(maxsplit=1) for line in longctx("inspect", base).out.splitlines() if not line.startswith(("trained", "loads", "kv", "head ")))
     assert (lines["family"], lines["methods"], lines["window"]) == ("llama", "none", "64")
+
+
+def test_inspect_says_what_methods_were_told_and_keeps_lists_short(longctx, base, tmp_path):
+    longctx("patch", base, "-m", "nope:target=128", "-m", "mkl_alibi:preset=mep_learned", "--out", tmp_path / "patched")
+    printed = longctx("inspect", tmp_path / "patched").out
+    assert re.search(r"^methods +nope:target=128, mkl_alibi:preset=mep_learned$", printed, re.M)
+    assert re.search(r"^rope .*long_factor 1e\+18 to 1e\+18 \(8 numbers\).*rope_theta 10000", printed, re.M)
+    assert re.search(r"^needs plugin +yes$", printed, re.M)
+
+
+def test_nested_values_stand_in_brackets():
+    assert _in_words({"full": {"rope_theta": 1e6, "factor": 8.0}, "sliding": [1, 2]}) == "full (rope_theta 1e+06, factor 8), sliding [1, 2]"
 
 
 # The verbs, one after another
