@@ -61,7 +61,7 @@ def visible_length(k: "Tensor", q_index: "Tensor", k_valid: "Tensor | None", by:
         lengths = lengths.masked_fill(~k_valid[:, None], 0)  # what a static cache holds past its end is not even finite for sure
     running = lengths.cummax(-1).values if by == "max" else lengths.cumsum(-1)
     last = last_visible(q_index, k_valid).clamp(0, k.shape[2] - 1)
-    seen = running.gather(-1, last[:, None].expand(-1, k.shape[1], -1))
+    seen = running.gather(-1, last[:, None].expand(*k.shape[:2], -1))  # without a mask one row counts for all
     return seen / q_index[:, None].clamp(min=1) if by == "mean" else seen
 
 
