@@ -760,7 +760,7 @@ def test_patch_and_inspect_on_the_command_line(family, window, longctx, folder, 
     assert (run.status, run.out) == (0, "out: step sizes changed by delta_filter; proved\n")
     run = longctx("inspect", "out")
     lines = dict(line.split(maxsplit=1) for line in run.out.splitlines() if line.split()[0] in ("family", "methods", "window", "state"))
-    assert lines == {"family": family, "methods": "delta_filter", "window": window, "state": "True"}
+    assert lines == {"family": family, "methods": "delta_filter:target=160,trained=40", "window": window, "state": "yes"}
     run = longctx("patch", folder(family), "-m", "mamba_extend:target=60", "--out", "other")
     assert (run.status, run.out) == (2, "")
     assert run.err == "longctx: mamba_extend has to be calibrated: give training text as data (--data FILE), or scales\n"
