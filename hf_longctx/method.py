@@ -219,6 +219,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def runs(self, window: int) -> int:
+        """In how many runs of consecutive positions the tokens of a training example lie, at most. A single one begins at 0."""
+        return window
+
     def state(self) -> "StateSource":
         """Where a state-space model's windows start from: a new object for each training run, see `StateSource`."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ from hf_longctx.cuda_graph import RecordedStep
 from hf_longctx.data import collate
 from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
-from hf_longctx.integration.attention import expect_full_rows
+from hf_longctx.integration.attention import Rows, expect_full_rows
 from hf_longctx.lanes import collate_rows
 from hf_longctx.lora import add_lora, base_model, is_quantised
 from hf_longctx.loss import BlockLoss, check_block_loss
@@ -238,7 +238,7 @@ def _trainer(what: Plan, model: nn.Module, arguments: TrainingArguments) -> _Tra
     blocks = recipe.loss == "blocks"
     if blocks:
         check_block_loss(model)
-    full_rows = expect_full_rows(base_model(model))
+    full_rows = expect_full_rows(base_model(model), Rows(what.sampler.runs(recipe.window), max(what.target or 0, recipe.window)))
     compiled = _compiles(what, model)
     if compiled:
         compile_layers(model)

@@ -11,7 +11,7 @@ import torch
 
 from hf_longctx import planning, training
 from hf_longctx.cuda_graph import RecordedStep
-from hf_longctx.integration.attention import FULL_ROWS, expect_full_rows
+from hf_longctx.integration.attention import FULL_ROWS, Rows, expect_full_rows
 from tests.conftest import FAMILIES, tiny_model, write_tokens
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -114,7 +114,7 @@ def test_full_rows_need_no_mask_and_give_the_same_logits(family):
     model = tiny_model(family)
     with torch.no_grad():
         wanted = model(**asked).logits
-        assert expect_full_rows(model)
+        assert expect_full_rows(model, Rows(48, 144))
         assert model.config._attn_implementation == FULL_ROWS
         torch.testing.assert_close(model(**asked).logits, wanted)
         packed = (torch.ones(48, 48).tril().bool() & (torch.arange(48)[:, None] // 24 == torch.arange(48) // 24))[None, None]
@@ -125,8 +125,11 @@ def test_full_rows_need_no_mask_and_give_the_same_logits(family):
 
 
 @cuda
+@pytest.mark.parametrize("methods", [None, [{"name": "kerple"}], [{"name": "mkl_alibi"}, {"name": "log_n"}, {"name": "nope", "target": 256}, {"name": "pose"}]], ids=["rope", "bias", "skips"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_finetune_with_a_recording_learns_what_it_learns_without(recipe, tmp_path, monkeypatch, accumulate):
+def test_finetune_with_a_recording_learns_what_it_learns_without(recipe, tmp_path, monkeypatch, accumulate, methods):
+    recipe |= {"methods": methods or recipe["methods"]}
+
     def run(name: str) -> list[float]:
         steps = {"max_steps": 12, "gradient_accumulation_steps": accumulate, "dataloader_num_workers": 0, "save_strategy": "no"}
         what = planning.plan(planning.as_recipe(recipe | {"train": recipe["train"] | steps, "compile": "on"}))
@@ -145,12 +148,13 @@ def test_finetune_with_a_recording_learns_what_it_learns_without(recipe, tmp_pat
     ("changes", "recorded"),
     [
         ({}, True),
+        ({"methods": [{"name": "kerple"}, {"name": "nope", "target": 256}, {"name": "pose"}]}, True),
         ({"methods": [{"name": "longrope", "factor": 4, "long_factor": [1.5] * 8}, {"name": "pose"}]}, False),  # looks at positions
         ({"lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}}, False),
         ({"train": {"gradient_checkpointing": True}}, False),
         ({"window": 48, "data": {"path": "short"}}, False),  # packed documents bring masks
     ],
-    ids=["plain", "longrope", "dropout", "checkpointing", "packed"],
+    ids=["plain", "bias", "longrope", "dropout", "checkpointing", "packed"],
 )
 def test_only_steps_that_are_the_same_kernels_every_time_are_recorded(changes, recorded, recipe, tmp_path, monkeypatch):
     changes = dict(changes)

@@ -145,6 +145,26 @@ def test_every_gradient_at_positions_that_skip(names, calls, monkeypatch):
     assert (gradients()["loss"] - want["loss"]).abs() > 1e-3  # that skips matter here
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_rows_that_were_promised(skips, calls):
+    """The kernel is told what was promised, and gradients are those of rows that were looked at."""
+    model, ids = patched("llama", LEARNED).to(DEVICE).train(), tokens(3)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": pose(2) if skips else torch.arange(LENGTH, device=DEVICE).expand(3, -1)}
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False, **given).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    want = gradients()
+    assert attention.expect_full_rows(model, attention.Rows(2 if skips else 1, 300))
+    got = gradients()
+    looked_at, promised = calls[0][-1], calls[-1][-1]
+    assert (promised.reach, promised.cuts.equal(looked_at.cuts)) == (300, True) if skips else promised is looked_at is None
+    for name in want:
+        assert (got[name] - want[name]).abs().max() <= 1e-5 * want[name].abs().max(), name
+
+
 @pytest.mark.parametrize("chunks", [4, attention.CHUNKS])
 def test_more_chunks_and_left_padding(chunks, calls, monkeypatch):
     model, ids = patched("llama", LEARNED).to(DEVICE), tokens(3)

@@ -16,13 +16,15 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.masking_utils import sdpa_mask
 
 import hf_longctx
 from hf_longctx import checkpoint, files
-from hf_longctx.integration import attention, auto, configs
+from hf_longctx.integration import attention, auto, configs, rope
 from hf_longctx.method import SLOTS, load_methods, method_class, method_names
+from hf_longctx.methods import key_norm
 from hf_longctx.modules import Bias, Formula, Scaling
 from hf_longctx.patching import patch_model
 from tests.conftest import FAMILIES, TINY, WINDOW, byte_tokenizer, largest_tensor, tiny_model
@@ -264,16 +266,48 @@ def law_generation_agrees(model, length: int = 24) -> None:
         close(others, values[:1])
 
 
-def run(model, ids: Tensor, checkpointing: bool) -> list[Tensor]:
+def run(model, ids: Tensor, checkpointing: bool, positions: Tensor | None = None) -> list[Tensor]:
     """Hidden states and the gradients of everything."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.zero_grad()
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False).last_hidden_state
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
     model.gradient_checkpointing_disable()
     return [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def law_rows_do_not_mix(model, length: int = WINDOW) -> None:
+    """Each row gets what it gets alone, also where no mask says how many there are."""
+    ids = tokens(length, rows=3)
+    with torch.no_grad():
+        close(model(input_ids=ids).logits, torch.cat([model(input_ids=row[None]).logits for row in ids]), 1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers that are read, and shapes that depend on them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+        return func(*args, **(kwargs or {}))
+
+
+def law_promised_rows_are_not_looked_at(model, positions: Tensor, runs: int) -> None:
+    """Hidden states and gradients stay what they are, and a step waits for nothing, so that it can be recorded."""
+    ids = tokens(positions.shape[1], rows=len(positions))
+    wanted, model = run(model, ids, False, positions), copy.deepcopy(model)
+    assert attention.expect_full_rows(model, attention.Rows(runs, 2 * WINDOW))
+    with Waits() as waits:
+        got = run(model, ids, False, positions)
+    assert waits.count == 0
+    for found, want in zip(got, wanted, strict=True):
+        close(found, want, 1e-5)
+    assert "full_rows" not in model.config.to_json_string(use_diff=False)
+    model.set_attn_implementation("sdpa")  # and a promise ends with that
+    law_padding_changes_nothing(model, WINDOW)
 
 
 def law_blocks_equal_the_whole(model, monkeypatch, block: int = 12000) -> None:
@@ -483,8 +517,8 @@ def test_the_chunk_law_catches_positions_counted_from_padding(monkeypatch):
     """`generate` gives padding position 0; a chunk that begins inside it does not tell where its keys stand."""
     locate = auto.locate
 
-    def first(length, device, mask, position_ids, cache, layer):
-        found = locate(length, device, mask, position_ids, cache, layer)
+    def first(length, device, mask, position_ids, cache, layer, *rest):
+        found = locate(length, device, mask, position_ids, cache, layer, *rest)
         start = cache.get_query_offset(layer) if cache is not None else 0
         keys = found.k_pos.shape[1]
         return found if keys == length else dataclasses.replace(found, k_pos=torch.arange(keys)[None] - start + position_ids[:, :1])
@@ -536,6 +570,40 @@ def test_the_generation_law_catches_a_cache_whose_end_is_read(monkeypatch):
     monkeypatch.setattr(method_class("key_norm"), "attention", lambda self, shape: Scaling(lambda values, q, k, *rest: (q / (1 + k.shape[2]), k)))
     with pytest.raises(AssertionError):
         law_generation_agrees(patched(names=("key_norm",)))
+
+
+@cases(FEW)
+def test_rows_do_not_mix(family, names):
+    law_rows_do_not_mix(patched(family, names))
+
+
+def test_the_law_of_rows_catches_a_length_taken_from_the_first(monkeypatch):
+    seen = key_norm.visible_length
+    monkeypatch.setattr(key_norm, "visible_length", lambda *args: seen(*args)[:1])
+    with pytest.raises(AssertionError):
+        law_rows_do_not_mix(patched(names=("key_norm",)))
+
+
+SKIPPING = torch.tensor([[*range(10), *range(30, 52), *range(60, 92)], [*range(40), *range(40, 64)]])  # three runs, and one
+
+
+@pytest.mark.parametrize(("positions", "runs"), [(torch.arange(64).repeat(2, 1), 1), (SKIPPING, 3)], ids=["plain", "skips"])
+@cases(ONCE, short=())
+def test_promised_rows_are_not_looked_at(family, names, positions, runs):
+    law_promised_rows_are_not_looked_at(patched(family, names), positions, runs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_rotation_beside_a_bias_looks_at_no_positions(family):
+    """Longrope would, and so a GPU would be waited for in every pass; phi3 accepts nothing else."""
+    assert rope.reads_lengths(patched(family, ("alibi", "nope")).config) is (family == "phi3")
+
+
+def test_rows_that_skip_too_often_are_not_promised():
+    for rows in (attention.Rows(attention.CHUNKS + 1, 64), attention.Rows(2, attention.REACH + 1)):
+        model = patched()
+        assert not attention.expect_full_rows(model, rows)
+        assert model.config._attn_implementation == attention.LONGCTX
 
 
 BLOCKED = [("llama", (name,)) for name in BIAS] + [("gemma3_text", ("fire", "ssmax", "learned")), ("gpt_neox", ("kerple", "key_norm", "sinusoidal"))]

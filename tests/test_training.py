@@ -233,6 +233,21 @@ def test_a_bias_stays_out_of_compiled_graphs(methods, monkeypatch):
     assert 0 < of_one[1] < operations  # attention itself is not among them
 
 
+@pytest.mark.parametrize(
+    ("methods", "rows"),
+    [
+        ([{"name": "alibi"}], (1, 64)), ([{"name": "alibi"}, {"name": "nope", "target": 256}, {"name": "pose", "chunks": 3}], (3, 256)),
+        ([{"name": "alibi"}, {"name": "nope", "target": 256}, {"name": "random_positions"}], None), ([{"name": "yarn", "factor": 4}], (1, 256)),
+    ],
+)  # fmt: skip
+def test_rows_are_promised_as_they_are_drawn(recipe, tmp_path, methods, rows):
+    _, model, _ = trainer_for(recipe | {"methods": methods}, tmp_path)
+    base = model.get_base_model()
+    assert base.config._attn_implementation.endswith("full_rows") is (rows is not None)
+    if rows is not None:
+        assert base._longctx_rows == rows
+
+
 # --- stop and resume
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,6 +22,7 @@ from hf_longctx.modules import Bias, PerLayer
 
 FULL_ROWS = "sdpa_full_rows"
 LONGCTX = "longctx_sdpa"
+LONGCTX_FULL_ROWS = "longctx_sdpa_full_rows"
 BLOCK = 2**24  # logits that are held at once where a bias is added to them
 CHUNKS = 8  # of a row, at most, that the kernel takes: its third pass launches programs for every pair
 REACH = 2**21  # the longest table of distances made for skips: 256 MiB with 32 heads, and a few copies of it
@@ -38,11 +39,25 @@ def mask_of_full_rows(*, q_length: int, kv_length: int, local_size: int | None =
     return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **rest)
 
 
-def expect_full_rows(model: PreTrainedModel) -> bool:
-    """Promise that every 2-D attention mask is all ones; 4-D ones are read as they are. True if the model uses SDPA and took it."""
-    if model.config._attn_implementation != "sdpa":
+class Rows(NamedTuple):
+    """What is known of every row that comes with a 2-D mask, beside that it holds no padding.
+
+    Attributes:
+        runs: of consecutive positions, at most; a single one begins at 0.
+        reach: positions lie below it.
+    """
+
+    runs: int
+    reach: int
+
+
+def expect_full_rows(model: Any, rows: Rows) -> bool:
+    """Promise that every 2-D attention mask is all ones, and `rows`; 4-D ones are read as they are. True if the model uses SDPA, or a bias, and took it."""
+    kind = {"sdpa": FULL_ROWS, LONGCTX: LONGCTX_FULL_ROWS}.get(model.config._attn_implementation)
+    if kind is None or (kind == LONGCTX_FULL_ROWS and (rows.runs > CHUNKS or rows.reach > REACH)):
         return False
-    model.set_attn_implementation(FULL_ROWS)
+    model.set_attn_implementation(kind)
+    model._longctx_rows = rows
     return True
 
 
@@ -57,6 +72,7 @@ class Tokens:
         causal: the last query sees all valid keys, the one before it all but the last key, and so on.
         bias, scaling: modules of the `bias` and the `attention` slot.
         layers: which layers they belong to.
+        rows: what was promised of them; without it, and where it does not hold, they are looked at.
         table: the bias at each distance, where it is one for all layers and the kernel reads it.
         seen: layers that asked, in order.
     """
@@ -69,6 +85,7 @@ class Tokens:
     bias: PerLayer | None = None
     scaling: PerLayer | None = None
     layers: frozenset[int] = frozenset()
+    rows: Rows | None = None
     table: kernel.Table | None = None
     seen: list[int] = field(default_factory=list)
 
@@ -76,10 +93,10 @@ class Tokens:
     def places(self) -> tuple[Tensor, Tensor]:
         """`q_pos` and `k_pos`, of one row where all rows stand alike: a bias is then computed once and not for each.
 
-        It waits for the device, once a pass; not in decoding, whose steps are short and may be recorded.
+        It waits for the device, once a pass; not in decoding, whose steps are short and may be recorded, nor where rows were promised.
         """
         one_row = len(self.q_pos) == len(self.k_pos) == 1
-        if one_row or self.q_pos.shape[1] == 1:
+        if one_row or self.rows or self.q_pos.shape[1] == 1:
             return self.q_pos, self.k_pos
         alike = bool((self.q_pos == self.q_pos[:1]).all() & (self.k_pos == self.k_pos[:1]).all())
         return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
@@ -89,13 +106,17 @@ class Tokens:
         """How keys and positions lie, if nothing else sets the pass apart from a plain causal one; None if the kernel does not compute it.
 
         Rows may be padded on the left, not between tokens. Positions may skip upward, in self-attention and with a 2-D mask: without
-        one Transformers takes any skip for the beginning of a packed document. It waits for the device, once a pass.
+        one Transformers takes any skip for the beginning of a packed document. It waits for the device, once a pass, unless rows were promised.
         """
         if not self.causal:
             return None
         keys, queries = self.k_pos.shape[1], self.q_pos.shape[1]
+        steps = (self.q_pos - torch.arange(queries, device=self.q_pos.device)).diff()
+        if self.rows:
+            start = torch.zeros(1, dtype=torch.long, device=self.q_pos.device)
+            return Layout(start, None if self.rows.runs == 1 else _chunks(steps, self.rows.runs, self.rows.reach))
         valid = torch.ones_like(self.k_pos, dtype=torch.bool) if self.k_valid is None else self.k_valid
-        steps = (self.q_pos - torch.arange(queries, device=self.q_pos.device)).diff() * valid[:, -queries:][:, :-1]  # those out of padding are none
+        steps = steps * valid[:, -queries:][:, :-1]  # those out of padding are none
         holes, back = (valid[:, 1:] < valid[:, :-1]).any(), (steps < 0).any()
         jumps, reach = (x.sum(-1).amax() for x in (steps > 0, steps))
         broken, jumps, reach = torch.stack([(holes | back).long(), jumps, reach]).tolist()
@@ -132,7 +153,7 @@ def _chunks(steps: Tensor, count: int, reach: int) -> kernel.Chunks:
     return kernel.Chunks(pad(cuts, (0, 1), value=length).int(), skips.int(), reach)
 
 
-def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | None, cache: Any, layer: int) -> Tokens:
+def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | None, cache: Any, layer: int, rows: Rows | None = None) -> Tokens:
     """Read positions and visible keys off the arguments of a decoder.
 
     Without cached keys, keys stand where queries do, skips included. With them, positions are taken to be consecutive, padding left
@@ -142,6 +163,7 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
         mask: 2-D, 4-D (bool, or float with 0 where a key is seen), a dictionary of such by layer type, or None.
         cache: the `past_key_values` of the call, or None.
         layer: a layer with full attention; sliding ones cut their keys.
+        rows: what was promised of those with a 2-D mask.
     """
     start = cache.get_query_offset(layer) if cache is not None else 0
     keys, first = cache.get_mask_sizes(length, layer) if cache is not None else (length, 0)
@@ -149,7 +171,11 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
     queries = torch.arange(length, device=device) + start
     q_pos = queries[None] if position_ids is None else position_ids
     fresh = keys == length  # nothing cached, nothing allocated ahead
-    causal = keys == start + length and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+    two_dim = isinstance(mask, Tensor) and mask.dim() == 2
+    causal = keys == start + length and (mask is None or two_dim)
+    if rows and two_dim and cache is None and length <= rows.reach:
+        q_pos = queries[None] if rows.runs == 1 else q_pos
+        return Tokens(q_pos, q_pos, queries[None] + 1, None, True, rows=rows)
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
@@ -255,7 +281,7 @@ def _biased_blocks(
         part = (query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen], None if mask is None else mask[:, :, begin:end, :seen])
         where = (q_pos[:, begin:end], k_pos[:, :seen], begin if length > 1 else seen)
         if torch.is_grad_enabled() and size < length:
-            yield checkpoint(_biased, *part, *where, bias, scaling, dropout, use_reentrant=False)
+            yield checkpoint(_biased, *part, *where, bias, scaling, dropout, use_reentrant=False, preserve_rng_state=dropout > 0)
         else:
             yield _biased(*part, *where, bias, scaling, dropout)
 
@@ -281,3 +307,5 @@ AttentionInterface.register(FULL_ROWS, sdpa_attention_forward)
 AttentionMaskInterface.register(FULL_ROWS, mask_of_full_rows)
 AttentionInterface.register(LONGCTX, attend)
 AttentionMaskInterface.register(LONGCTX, sdpa_mask)
+AttentionInterface.register(LONGCTX_FULL_ROWS, attend)
+AttentionMaskInterface.register(LONGCTX_FULL_ROWS, mask_of_full_rows)

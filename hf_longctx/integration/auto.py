@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_longctx.integration import delta, rope, steps
-from hf_longctx.integration.attention import LONGCTX, locate, share_table
+from hf_longctx.integration.attention import LONGCTX, LONGCTX_FULL_ROWS, Rows, locate, share_table
 from hf_longctx.integration.configs import DELTA_FAMILIES, FAMILIES, PREFIX, class_name, config_class, family, is_ours
 from hf_longctx.integration.state import has_state
 from hf_longctx.method import Method, Shape, in_slot, load_methods
@@ -40,6 +40,7 @@ class LongctxModel(_Base):
 
     _keep_in_fp32_modules_strict = {f"longctx_{slot}" for slot in SLOTS}
     _longctx_off = False
+    _longctx_rows: Rows | None = None  # promised while `attn_implementation` says so
     _longctx_handles: Sequence[RemovableHandle]
     _longctx_shape: Shape
 
@@ -59,9 +60,9 @@ class LongctxModel(_Base):
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """SDPA is ours here, since the stock function would leave bias and scaling out; there is no other yet."""
-        if attn_implementation not in ("sdpa", LONGCTX):
+        if attn_implementation not in ("sdpa", LONGCTX, LONGCTX_FULL_ROWS):
             raise ValueError(f"a model with a {' and a '.join(_slots(self))} method has attn_implementation 'sdpa' only, got {attn_implementation!r}")
-        super().set_attn_implementation(LONGCTX, *args, **kwargs)
+        super().set_attn_implementation(LONGCTX if attn_implementation == "sdpa" else attn_implementation, *args, **kwargs)
 
     def _longctx_hook(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the decoder: add position embeddings, and the keyword `longctx` for the attention function."""
@@ -69,7 +70,9 @@ class LongctxModel(_Base):
         embeds = kwargs.get("inputs_embeds")
         source = embeds if embeds is not None else kwargs["input_ids"]
         full = full_layers(self.config)
-        tokens = locate(source.shape[1], source.device, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs.get("past_key_values"), min(full))
+        rows = self._longctx_rows if self.config._attn_implementation == LONGCTX_FULL_ROWS else None
+        mask, positions, past = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        tokens = locate(source.shape[1], source.device, mask, positions, past, min(full), rows)
         if self._longctx_off:
             return (), kwargs | {"longctx": tokens}
         tokens.bias, tokens.scaling, tokens.layers = getattr(self, "longctx_bias", None), getattr(self, "longctx_attention", None), full

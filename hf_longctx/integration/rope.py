@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from hf_longctx.integration.configs import family
+from hf_longctx.integration.configs import family, is_ours
 from hf_longctx.method import Frequencies, RopeChange, Shape
 
 _SCALED_STATIC = {"linear", "llama3", "yarn"}  # trained types whose frequencies can be read once and scaled further
@@ -112,6 +112,8 @@ def rope_parameters(config: PretrainedConfig, change: RopeChange) -> dict[str, A
         if len(change.at) > 1:
             raise ValueError(f"{family(config)} accepts no rope_type but longrope, which cannot express frequencies that depend on the length")
         native = _as_longrope(change, kept["rope_theta"])
+        if is_ours(config) and family(config) not in _ONLY_LONGROPE:  # no other runtime reads it
+            native = _as_linear(native) or native
     if native["rope_type"] == "longrope":
         native |= _mscales(native, change.window)
     new = kept | native
@@ -308,6 +310,13 @@ def _as_longrope(change: RopeChange, theta: float) -> dict[str, Any]:
         "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,
         "attention_factor": wanted.attention_factor, "original_max_position_embeddings": change.window,
     }  # fmt: skip
+
+
+def _as_linear(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`_as_longrope` where one factor is enough: for longrope Transformers looks at the positions of every forward pass, and waits for the device."""
+    factor = min(parameters["short_factor"])
+    alike = max(parameters["short_factor"]) <= factor * (1 + 1e-9)
+    return {"rope_type": "linear", "factor": factor} if alike and parameters["attention_factor"] == 1 else None
 
 
 def _as_trained(config: PretrainedConfig) -> PretrainedConfig:

@@ -48,6 +48,9 @@ class Cream(Method):
         tokens = np.concatenate([np.arange(edge), np.arange(stop - middle, stop), np.arange(last - edge, last)])
         return tokens, positions
 
+    def runs(self, window: int) -> int:
+        return 3
+
     def _middle_end(self, window: int, edge: int, middle: int, rng: "np.random.Generator") -> int:
         """The position of the middle segment's last token."""
         assert self.target is not None

@@ -62,6 +62,9 @@ class Pose(Method):
             skips[:] = shifts[:] = 0
         return index + shifts[chunk_of], index + skips[chunk_of]
 
+    def runs(self, window: int) -> int:
+        return self.chunks
+
     def _cuts(self, window: int, chunks: int, rng: "np.random.Generator") -> "np.ndarray":
         """Where chunks 1, 2, ... start: sorted, distinct, within 1..window-1."""
         import numpy as np

@@ -239,3 +239,12 @@ def test_cream_sigma_grows_with_the_factor():
     """At f = 64 the script's fixed sigma of 3 leaves three tenths of all distances untrained; 0.375 f leaves one in sixteen."""
     assert uncovered(None) < 0.08
     assert uncovered(3.0) > 0.25
+
+
+@pytest.mark.parametrize("options", [{"name": "plain"}, {"name": "pose"}, {"name": "pose", "chunks": 5, "plain": 0.3}, {"name": "cream"}, {"name": "random_positions"}], ids=str)
+def test_no_example_has_more_runs_than_are_declared(options):
+    item = method(**options | ({} if options["name"] == "plain" else {"target": 4096}))
+    drawn = [item.positions(64, 5000, np.random.default_rng(seed))[1] for seed in range(200)]
+    runs = [1 + int((np.diff(positions) > 1).sum()) for positions in drawn]
+    assert 0.9 * item.runs(64) <= max(runs) <= item.runs(64)
+    assert item.runs(64) > 1 or not any(positions[0] for positions in drawn)
