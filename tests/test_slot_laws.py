@@ -306,7 +306,12 @@ def law_promised_rows_are_not_looked_at(model, positions: Tensor, runs: int) -> 
     for found, want in zip(got, wanted, strict=True):
         close(found, want, 1e-5)
     assert "full_rows" not in model.config.to_json_string(use_diff=False)
-    model.set_attn_implementation("sdpa")  # and a promise ends with that
+    packed = (positions.shape[1] // 2 > torch.arange(positions.shape[1])).int()
+    given = {"attention_mask": ((packed[:, None] == packed) & torch.ones(len(packed), len(packed)).tril().bool())[None, None].expand(len(ids), -1, -1, -1)}
+    with torch.no_grad():
+        of_documents = model(input_ids=ids, use_cache=False, **given).logits  # 4-D masks are no part of the promise
+        model.set_attn_implementation("sdpa")  # with which it ends
+        close(of_documents, model(input_ids=ids, use_cache=False, **given).logits, 1e-5)
     law_padding_changes_nothing(model, WINDOW)
 
 
