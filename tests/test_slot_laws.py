@@ -619,6 +619,31 @@ def test_blocks_equal_the_whole(family, names, monkeypatch):
     law_blocks_equal_the_whole(patched(family, names), monkeypatch)
 
 
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("name", [name for name in BIAS if name != "fire"])
+def test_a_bias_of_the_distance_is_looked_up(name, skips, monkeypatch):
+    """Once a pass each of its distances is computed, where layers share it; forward and backward give what the formula gives for every pair."""
+    model, ids = patched(names=(name,)), tokens(2 * WINDOW, rows=2)
+    positions = torch.arange(2 * WINDOW).repeat(2, 1)
+    positions[1, WINDOW:] += 300 * skips
+    computed = []
+    model.longctx_bias.of(0).register_forward_pre_hook(lambda module, args: computed.append(args[1].shape))
+    got = run(model, ids, False, positions)
+    assert {shape[-1] for shape in computed} == {2 * WINDOW + 300 * skips}
+    assert len(computed) <= 2  # backward makes it again
+    monkeypatch.setattr(attention.Tokens, "reach", None)
+    for found, want in zip(got, run(model, ids, False, positions), strict=True):
+        close(found, want, 2e-5 * want.abs().max().item())
+
+
+def test_what_has_more_distances_than_pairs_is_not_looked_up():
+    where = torch.tensor([[0, 5000]])
+    assert attention.Tokens(where, where, where, None, True).reach is None
+    assert attention.Tokens(where[:, 1:], torch.arange(5001)[None], where, None, True).reach is None  # decoding
+    padding = torch.tensor([[False, True, True]])
+    assert attention.Tokens(torch.tensor([[1, 0, 1]]), torch.tensor([[-900, 0, 1]]), where, padding, True).reach == 2
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_bias_is_computed_once_for_rows_that_stand_alike(alike, monkeypatch):
     model, ids = patched(names=("fire",)), tokens(2 * WINDOW, 3)
@@ -894,7 +919,7 @@ def test_the_adapter_law_catches_a_hook_that_reads_the_original(tmp_path, monkey
 
     def stale(self, *arguments):
         args, kwargs = hook(self, *arguments)
-        kwargs["longctx"].bias = original
+        kwargs["longctx"].bias, kwargs["longctx"].table = original, None
         return args, kwargs
 
     monkeypatch.setattr(model, "_longctx_hook", stale.__get__(model))

@@ -6,7 +6,7 @@ A forward pre-hook on the decoder works out where the tokens of a pass stand (`l
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,22 @@ class Tokens:
             return self.q_pos, self.k_pos
         alike = bool((self.q_pos == self.q_pos[:1]).all() & (self.k_pos == self.k_pos[:1]).all())
         return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
+
+    @cached_property
+    def reach(self) -> int | None:
+        """How many distances there are between queries and the keys before them; None where those are more than the pairs, as in decoding.
+
+        It waits for the device, once a pass, unless rows were promised.
+        """
+        queries, keys = self.q_pos.shape[1], self.k_pos.shape[1]
+        if queries == 1 or self.q_pos.is_meta:
+            return None
+        if self.rows:
+            reach = keys if self.rows.runs == 1 else self.rows.reach
+        else:
+            first = self.k_pos if self.k_valid is None else self.k_pos.where(self.k_valid, self.k_pos.amax())
+            reach = int(self.q_pos.amax() - first.amin()) + 1
+        return reach if 0 < reach <= min(queries * keys, REACH) else None
 
     @cached_property
     def layout(self) -> "Layout | None":
@@ -218,12 +234,13 @@ def _attend(
     if rest.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} caps its logits (softcap), which a bias cannot be combined with")
     bias = longctx.bias.of(layer)
-    if not dropout and query.shape[2] > 1 and bias.by_distance and kernel.serves(query) and longctx.layout is not None:
-        reach = longctx.layout.reach(key.shape[2])
-        table = _shared(longctx, reach) or _table(bias, query.shape[1], reach, query.device)
-        return _by_kernel(query, key, value, table, scaling, longctx.layout).transpose(1, 2).contiguous(), None
+    layout, reach = _distances(longctx, bias, query, dropout)
+    table = None if reach is None else _shared(longctx, reach) or _table(bias, query.shape[1], reach, query.device)
+    if table is not None and layout is not None:
+        return _by_kernel(query, key, value, table, scaling, layout).transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
-    blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, bias)
+    at = bias if table is None else partial(_look_up, table.values)
+    blocks = _biased_blocks(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scaling, dropout, longctx, at)
     return torch.cat(list(blocks), dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -235,8 +252,17 @@ def share_table(tokens: Tokens, heads: int, query: Tensor) -> None:
     if tokens.bias is None or len(tokens.bias.layers) > 1:
         return
     bias = tokens.bias.of(0)
-    if bias.by_distance and tokens.q_pos.shape[1] > 1 and kernel.serves(query) and tokens.layout is not None:
-        tokens.table = _table(bias, heads, tokens.layout.reach(tokens.k_pos.shape[1]), query.device)
+    _, reach = _distances(tokens, bias, query)
+    if reach is not None:
+        tokens.table = _table(bias, heads, reach, query.device)
+
+
+def _distances(tokens: Tokens, bias: Bias, query: Tensor, dropout: float = 0.0) -> tuple["Layout | None", int | None]:
+    """What the kernel has to know of the keys, if it computes the pass, and how many distances a table holds, if there is to be one."""
+    if not bias.by_distance or tokens.q_pos.shape[1] == 1:
+        return None, None
+    layout = tokens.layout if not dropout and kernel.serves(query) else None
+    return layout, tokens.reach if layout is None else layout.reach(tokens.k_pos.shape[1])
 
 
 def _shared(tokens: Tokens, reach: int) -> kernel.Table | None:
@@ -264,6 +290,13 @@ def _table(bias: Bias, heads: int, length: int, device: torch.device) -> kernel.
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in bias.parameters())):
         return kernel.Table(bias(head, distance, torch.zeros_like(distance)))
     return kernel.Table(checkpoint(bias, head, distance, torch.zeros_like(distance), use_reentrant=False, preserve_rng_state=False))
+
+
+def _look_up(table: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """What the bias itself gives for all heads, [rows, heads, queries, keys], from its values at each distance: an exponential costs ten times that."""
+    distance = (q_pos - k_pos).clamp(0, table.shape[1] - 1)
+    found = table.index_select(1, distance.flatten())
+    return found.view(len(table), len(distance), *distance.shape[2:]).transpose(0, 1)
 
 
 def _biased_blocks(
