@@ -23,7 +23,7 @@ from hf_longctx.modules import Bias, PerLayer
 FULL_ROWS = "sdpa_full_rows"
 LONGCTX = "longctx_sdpa"
 LONGCTX_FULL_ROWS = "longctx_sdpa_full_rows"
-BLOCK = 2**24  # logits that are held at once where a bias is added to them
+BLOCK = 2**24  # logits that are held at once where a bias is added to them; fewer on a CPU, where memory is slow and a formula makes dozens of such tensors
 CHUNKS = 8  # of a row, at most, that the kernel takes: its third pass launches programs for every pair
 REACH = 2**21  # the longest table of distances made for skips: 256 MiB with 32 heads, and a few copies of it
 
@@ -306,7 +306,8 @@ def _biased_blocks(
     batch, heads, length, _ = query.shape
     if mask is None and length > 1:  # causal from the upper left, as SDPA's own is_causal; a static cache may hold more than it is filled
         key, value = key[:, :, :length], value[:, :, :length]
-    size = max(1, BLOCK // (batch * heads * key.shape[2]))
+    most = BLOCK // 8 if query.device.type == "cpu" else BLOCK
+    size = max(1, most // (batch * heads * key.shape[2]))
     q_pos, k_pos = tokens.places
     for begin in range(0, length, size):
         end = min(begin + size, length)
