@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bias_training.py [--rows 8] [--length 4096] [--layers 30] [--pose] [--blocks] [--compile]
 
-On a CUDA GPU in bfloat16, elsewhere on one CPU thread in float32. Random weights, gradient checkpointing, forward and backward of the decoder; the optimizer costs the same for all. Prints
-tokens/s, their ratio to stock and peak memory; with --blocks also the blocks of SDPA that serve where the Triton kernel does not. With
---pose, at positions of PoSE's two chunks up to 16,384. With --compile, all with their layers compiled, as `longctx finetune` has them.
+On a CUDA GPU in bfloat16, elsewhere on one CPU thread in float32. Random weights, gradient checkpointing, forward and backward of the
+decoder; the optimizer costs the same for all. Prints tokens/s, their ratio to stock and peak memory. With --blocks also the blocks of
+SDPA that serve where the Triton kernel does not; with --pose, at positions of PoSE's two chunks up to 16,384; with --compile, all with
+their layers compiled, as `longctx finetune` has them.
 """
 
 import argparse

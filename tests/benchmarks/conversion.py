@@ -12,14 +12,14 @@ import argparse
 import json
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from scratch import Runs, machine, spread
+from scratch import Runs, machine, print_table, results, spread
 
 from hf_longctx import evaluate, finetune
 from hf_longctx.recipe import Recipe, read_recipe
@@ -55,23 +55,17 @@ def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: ar
         finetune(recipe_of(methods, trained, seed, recipe), folder / "model", overwrite=True)
     middle = time.perf_counter()
     tasks = [{"name": "tail_perplexity", "spans": options.spans}, {"name": "passkey", "n": options.keys}]
-    subject = {"model": folder / "model"} if trained else {"model": recipe.model.name, "methods": methods}
-    found = evaluate(**subject, tasks=tasks, lengths=lengths, out=folder / "eval", data=options.data)  # type: ignore[arg-type]
+    model, change = (folder / "model", ()) if trained else (str(recipe.model.name), methods)
+    found = evaluate(model, tasks, lengths, methods=change, out=folder / "eval", data=options.data)
     whole = [entry for entry in found if entry["depth"] is None]
     for problem in (entry for entry in whole if entry["metric"] == "failed"):
         raise RuntimeError(f"{problem['task']} at {problem['length']}: {problem['error']}")
-    change = {e["length"]: [round(100 * e[which], 3) for which in ("value", "ci_low", "ci_high")] for e in whole if e["metric"] == f"change_from_{lengths[0]}"}
+    grown = {e["length"]: [round(100 * e[which], 3) for which in ("value", "ci_low", "ci_high")] for e in whole if e["metric"] == f"change_from_{lengths[0]}"}
     return {
-        "train_seconds": round(middle - start), "read_seconds": round(time.perf_counter() - middle), "change": change,
+        "train_seconds": round(middle - start), "read_seconds": round(time.perf_counter() - middle), "change": grown,
         "perplexity": {e["length"]: round(e["value"], 4) for e in whole if e["metric"] == "perplexity"},
         "passkey": {e["length"]: e["value"] for e in whole if e["metric"] == "accuracy"}, "machine": machine(),
     }  # fmt: skip
-
-
-def table(title: str, head: list[str], cells: dict[str, list[str]]) -> None:
-    print(f"\n| {title} | " + " | ".join(head) + " |\n|" + " --- |" * (len(head) + 1))
-    for row, each in cells.items():
-        print(f"| {row} | " + " | ".join(each) + " |")
 
 
 def report(rows: list[str], lengths: list[int], runs: Runs, seeds: int) -> None:
@@ -79,11 +73,11 @@ def report(rows: list[str], lengths: list[int], runs: Runs, seeds: int) -> None:
     there = {row: [f"{row}@{seed}" for seed in range(seeds) if f"{row}@{seed}" in runs] for row in rows}
     for what in ("perplexity", "passkey"):
         found = {row: [runs.of(name, what) for name in kept] for row, kept in there.items()}
-        table(what, names, {row: [spread([each[n] for each in kept if n in each]) for n in lengths] for row, kept in found.items()})
+        print_table(what, names, {row: [spread([each[n] for each in kept if n in each]) for n in lengths] for row, kept in found.items()})
     grown = {row: [runs.of(name, "change").get(lengths[-1]) for name in kept] for row, kept in there.items()}
     told = {row: " / ".join(f"{c[0]:+.1f} [{c[1]:+.1f}, {c[2]:+.1f}]" for c in kept if c) for row, kept in grown.items()}
     seconds = {row: " / ".join(str(runs.found["runs"][name]["train_seconds"]) for name in kept) for row, kept in there.items()}
-    table("a seed each", [f"{names[0]} to {names[-1]}, %", "training, s"], {row: [told[row], seconds[row]] for row in rows})
+    print_table("a seed each", [f"{names[0]} to {names[-1]}, %", "training, s"], {row: [told[row], seconds[row]] for row in rows})
 
 
 def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Namespace) -> None:
@@ -94,12 +88,8 @@ def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argpar
     left = [(row, seed) for seed in range(options.seeds) for row in rows if f"{row}@{seed}" not in runs]
     with ProcessPoolExecutor(options.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         going = {pool.submit(measure, *run, recipe, lengths, options): f"{run[0]}@{run[1]}" for run in left}
-        for done in as_completed(going):
-            if (problem := done.exception()) is not None:  # the others go on
-                print(f"{going[done]}: {type(problem).__name__}: {problem}", flush=True)
-                continue
-            runs.add(going[done], done.result())
-            print(f"{going[done]}: {json.dumps(done.result())}", flush=True)
+        for name, run in results(going, runs):
+            print(f"{name}: {json.dumps(run)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

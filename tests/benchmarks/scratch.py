@@ -16,7 +16,8 @@ import math
 import os
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,22 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.4g} ± {T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values)):.2g}"
 
 
+def print_table(title: str, head: list[str], cells: dict[str, list[str]]) -> None:
+    print(f"\n| {title} | " + " | ".join(head) + " |\n|" + " --- |" * (len(head) + 1))
+    for row, each in cells.items():
+        print(f"| {row} | " + " | ".join(each) + " |")
+
+
+def results(going: dict[Future, str], runs: Runs) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What jobs measured, as they end, each kept at once; of one that failed the reason is printed, and the others go on."""
+    for done in as_completed(going):
+        if (problem := done.exception()) is not None:
+            print(f"{going[done]}: {type(problem).__name__}: {problem}", flush=True)
+            continue
+        runs.add(going[done], done.result())
+        yield going[done], done.result()
+
+
 def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
@@ -176,9 +193,7 @@ def report(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Na
     titles = ("perplexity", names), (f"change from {options.baseline}, %", names), (f"change from {names[0]}, % (most)", names[1:])
     eighths = [f"{i}/{PARTS}" for i in range(1, PARTS + 1)]
     for (title, shown), cells in zip((*titles, ("loss, mean of each eighth of training", eighths)), table, strict=True):
-        print(f"\n| {title} | " + " | ".join(shown) + " |\n|" + " --- |" * (len(shown) + 1))
-        for row, each in cells.items():
-            print(f"| {row} | " + " | ".join(each) + " |")
+        print_table(title, shown, cells)
     if options.plot and any(values.values()):
         draw(values, options.plot)
 
@@ -224,13 +239,9 @@ def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argpar
     with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=start_worker, initargs=about) as pool:
         for depth in sorted({row.count(">") for row, _ in left}):  # what others begin with comes first
             going = {pool.submit(measure, *run, recipe, lengths, options): f"{run[0]}@{run[1]}" for run in left if run[0].count(">") == depth}
-            for done in as_completed(going):
-                if (problem := done.exception()) is not None:  # the others go on
-                    print(f"{going[done]}: {type(problem).__name__}: {problem}", flush=True)
-                    continue
-                runs.add(going[done], run := done.result())
+            for name, run in results(going, runs):
                 told = " / ".join(f"{value:.4g}" if value else "failed" for value in run["perplexity"].values())
-                print(f"{going[done]}: {told} (trained in {run['train_seconds']} s, read in {run['read_seconds']} s)", flush=True)
+                print(f"{name}: {told} (trained in {run['train_seconds']} s, read in {run['read_seconds']} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ half-width of its 95 % interval (Student's t). What `--runs` holds already is no
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from scratch import ROWS, Runs, machine, spread
+from scratch import ROWS, Runs, machine, print_table, results, spread
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longctx import patch
@@ -115,10 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
         measure_all(rows, tasks, runs, options)
     print(f"\n{options.seeds} seeds; {json.dumps(runs.found['settings'])}; {' and '.join(runs.machines())}")
     for task in tasks:
-        print(f"\n| {task}, % right | " + " | ".join(map(str, options.lengths)) + " |\n|" + " --- |" * (1 + len(options.lengths)))
-        for row in rows:
-            found = [runs.of(f"{row} {task}@{seed}", "right") for seed in range(options.seeds)]
-            print(f"| {row} | " + " | ".join(spread([each[n] for each in found if n in each]) for n in options.lengths) + " |")
+        found = {row: [runs.of(f"{row} {task}@{seed}", "right") for seed in range(options.seeds)] for row in rows}
+        cells = {row: [spread([each[n] for each in kept if n in each]) for n in options.lengths] for row, kept in found.items()}
+        print_table(f"{task}, % right", [str(n) for n in options.lengths], cells)
 
 
 def measure_all(rows: list[str], tasks: list[str], runs: Runs, options: argparse.Namespace) -> None:
@@ -126,10 +125,9 @@ def measure_all(rows: list[str], tasks: list[str], runs: Runs, options: argparse
     runs.expect({"steps": options.steps, "batch": options.batch, "trained": TRAINED, "lengths": options.lengths})
     left = [(r, t, s) for s in range(options.seeds) for r in rows for t in tasks if f"{r} {t}@{s}" not in runs]
     with ProcessPoolExecutor(options.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        going = {pool.submit(run, *key, options.lengths, options.steps, options.batch, i): key for i, key in enumerate(left)}
-        for done in as_completed(going):
-            row, task, seed = going[done]
-            runs.add(f"{row} {task}@{seed}", done.result())
+        going = {pool.submit(run, r, t, s, options.lengths, options.steps, options.batch, i): f"{r} {t}@{s}" for i, (r, t, s) in enumerate(left)}
+        for name, found in results(going, runs):
+            print(f"{name}: {found['right']}", flush=True)
 
 
 if __name__ == "__main__":
