@@ -181,7 +181,7 @@ class Method:
     def bias(self, shape: Shape) -> "nn.Module":
         """What is added to attention logits: `module(head, q_pos, k_pos)`, broadcasting integer tensors to float32.
 
-        Pointwise operations only, so that kernels can fuse it; finite wherever `k_pos <= q_pos`. See `hf_longctx.modules.Bias`.
+        Each pair by itself, in float32 under autocast too; finite wherever `k_pos <= q_pos`. See `hf_longctx.modules.Bias`.
         """
         raise NotImplementedError
 

@@ -57,14 +57,15 @@ class Fire(Method):
         return {**mlp, "c": [0.1], "l": [1.0]}
 
     def _fraction_mlp(self, values: "Values", head: "Tensor", q_pos: "Tensor", k_pos: "Tensor") -> "Tensor":
-        # A tensor of zeros picks what all heads share: FlexAttention returns gradients only of tensors that a tensor indexes.
-        zero = head * 0
+        import torch
+
+        # Tensors pick parameters, zeros what all heads share: FlexAttention returns gradients only of tensors that a tensor indexes.
+        zero, unit = q_pos * 0, torch.arange(self.width, device=q_pos.device)
         c, threshold = values["c"][zero].abs(), values["l"][zero].abs() * self.threshold
         i = q_pos.to(c.dtype)
         reach = i.where(i > threshold, threshold)
         x = (c * (q_pos - k_pos).clamp(min=0)).log1p() / ((c * reach).log1p() + _EPS)
-        total = values["b2"][head]
-        for unit in range(self.width):  # a matrix product would not be pointwise
-            one = zero + unit
-            total = total + values["w2"][one, head] * (values["w1"][one] * x + values["b1"][one]).relu()
-        return total
+        hidden = torch.addcmul(values["b1"][unit], x[..., None], values["w1"][unit]).relu()  # of a pair: all heads share it
+        with torch.autocast(hidden.device.type, enabled=False):  # a product, unlike what is pointwise, would lose precision
+            total = torch.einsum("...u,...u->...", hidden, values["w2"][unit, head[..., None]])
+        return total + values["b2"][head]

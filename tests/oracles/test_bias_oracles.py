@@ -456,6 +456,15 @@ def test_formula_is_pointwise(name, heads, fields):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "heads", "fields"), FORMULAS)
+def test_autocast_does_not_round_it(name, heads, fields):
+    module, (q, k) = perturbed(name, heads, fields), pairs()
+    with torch.no_grad():
+        wanted = call(module, heads, q, k)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(module, heads, q, k), wanted)
+
+
 def test_int32_positions_do_not_overflow():
     """Kernels pass positions of 32 bits; the Gaussian squares them, sandwich multiplies them."""
     for name in ("mkl_alibi", "sandwich", "kerple"):
