@@ -25,7 +25,6 @@ from hf_longctx.data import collate
 from hf_longctx.distillation import Teacher
 from hf_longctx.integration import rope
 from hf_longctx.integration.attention import Rows, expect_full_rows
-from hf_longctx.integration.configs import is_ours
 from hf_longctx.lanes import collate_rows
 from hf_longctx.lora import add_lora, base_model, is_quantised
 from hf_longctx.loss import BlockLoss, check_block_loss
@@ -288,7 +287,6 @@ def _recordable(what: Plan, model: nn.Module, arguments: TrainingArguments) -> b
         torch.cuda.is_available() and arguments.world_size == 1 and not (arguments.fp16 or arguments.deepspeed or arguments.fsdp)
         and not (draws or is_quantised(base_model(model)) or arguments.gradient_checkpointing or arguments.neftune_noise_alpha)
         and not rope.reads_lengths(config) and not any(source.packs for source in what.sources)
-        and not is_ours(what.config)  # nothing stands against it, but no GPU has replayed a step with a bias yet
     )  # fmt: skip
 
 
