@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import transformers
-from scratch import Runs, machine, print_table, results, spread
+from scratch import Runs, machine, print_table, results, spread, train
 
-from hf_longctx import evaluate, finetune
+from hf_longctx import evaluate
 from hf_longctx.recipe import Recipe, read_recipe
 from hf_longctx.schema import format_size, parse_size
 
@@ -36,6 +36,7 @@ BIASES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 FULL = {"lora": None, "also_train": ()}
 FULL_RATE = 4  # the learning rate of an adapter over that of all weights
+DTYPE = "bfloat16"  # of the weights that read: the checkpoint's. Training all of them leaves float32.
 
 
 def recipe_of(methods: tuple[dict[str, Any], ...], trained: str, seed: int, recipe: Recipe) -> Recipe:
@@ -50,19 +51,17 @@ def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: ar
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     name, _, trained = row.rpartition("_") if row.endswith(("_lora", "_full")) else (row, "", "")
-    folder, methods, start = options.out / f"{row}@{seed}", BIASES[name], time.perf_counter()
-    if trained:
-        finetune(recipe_of(methods, trained, seed, recipe), folder / "model", overwrite=True)
-    middle = time.perf_counter()
+    folder, methods = options.out / f"{row}@{seed}", BIASES[name]
+    about = train(recipe_of(methods, trained, seed, recipe), folder) if trained else {"train_seconds": 0}
     tasks = [{"name": "tail_perplexity", "spans": options.spans}, {"name": "passkey", "n": options.keys}]
-    model, change = (folder / "model", ()) if trained else (str(recipe.model.name), methods)
-    found = evaluate(model, tasks, lengths, methods=change, out=folder / "eval", data=options.data)
+    (model, change), start = (folder / "model", ()) if trained else (str(recipe.model.name), methods), time.perf_counter()
+    found = evaluate(model, tasks, lengths, methods=change, out=folder / "eval", data=options.data, dtype=DTYPE)
     whole = [entry for entry in found if entry["depth"] is None]
     for problem in (entry for entry in whole if entry["metric"] == "failed"):
         raise RuntimeError(f"{problem['task']} at {problem['length']}: {problem['error']}")
     grown = {e["length"]: [round(100 * e[which], 3) for which in ("value", "ci_low", "ci_high")] for e in whole if e["metric"] == f"change_from_{lengths[0]}"}
-    return {
-        "train_seconds": round(middle - start), "read_seconds": round(time.perf_counter() - middle), "change": grown,
+    return about | {
+        "read_seconds": round(time.perf_counter() - start), "change": grown,
         "perplexity": {e["length"]: round(e["value"], 4) for e in whole if e["metric"] == "perplexity"},
         "passkey": {e["length"]: e["value"] for e in whole if e["metric"] == "accuracy"}, "machine": machine(),
     }  # fmt: skip

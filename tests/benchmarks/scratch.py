@@ -70,22 +70,28 @@ def recipe_of(row: str, seed: int, recipe: Recipe, options: argparse.Namespace) 
     return replace(changed, model=model, train=recipe.train | train)
 
 
+def train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train a model into `folder`/model, unless one is there; how long that took, and its losses."""
+    about = folder / "trained.json"
+    if not about.exists():
+        start = time.perf_counter()
+        torch.compiler.reset()  # what other rows compiled counts against the number of graphs that a layer may have
+        finetune(recipe, folder / "model", overwrite=True)
+        seconds, log = round(time.perf_counter() - start), json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
+        logged = np.array_split([entry["loss"] for entry in log if "loss" in entry], PARTS)
+        about.write_text(json.dumps({"train_seconds": seconds, "losses": [round(float(part.mean()), 4) for part in logged if len(part)]}))
+    return json.loads(about.read_text())
+
+
 def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: argparse.Namespace) -> dict[str, Any]:
     """Train one model and read the documents with it; what `--runs` keeps of that."""
-    folder, start = options.out / f"{row}@{seed}", time.perf_counter()
-    if not (folder / "trained.json").exists():
-        finetune(recipe_of(row, seed, recipe, options), folder / "model", overwrite=True)
-        log = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
-        logged = np.array_split([entry["loss"] for entry in log if "loss" in entry], PARTS)
-        about = {"train_seconds": round(time.perf_counter() - start), "losses": [round(float(part.mean()), 4) for part in logged if len(part)]}
-        (folder / "trained.json").write_text(json.dumps(about))
+    folder = options.out / f"{row}@{seed}"
+    trained, start = train(recipe_of(row, seed, recipe, options), folder), time.perf_counter()
     task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
-    trained = time.perf_counter()
     found = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
     value = {entry["length"]: entry["value"] and round(entry["value"], 4) for entry in found if entry["metric"] in ("perplexity", "failed")}
     change = {entry["length"]: [round(100 * entry[which], 4) for which in ("value", "ci_high")] for entry in found if entry["metric"] == f"change_from_{min(lengths)}"}
-    read = {"read_seconds": round(time.perf_counter() - trained), "perplexity": value, "change": change}
-    return json.loads((folder / "trained.json").read_text()) | read | {"machine": machine()}
+    return trained | {"read_seconds": round(time.perf_counter() - start), "perplexity": value, "change": change, "machine": machine()}
 
 
 def machine() -> str:
