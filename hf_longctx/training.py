@@ -324,7 +324,13 @@ def _save_result(what: Plan, model: Any, out: Path, mark: str, steps: int) -> No
             return
         if what.target is not None:
             what.tokenizer.model_max_length = what.target
-        checkpoint.save(model, what.tokenizer, folder)
+        checkpoint.save(_as_stored(what, model), what.tokenizer, folder)
+
+
+def _as_stored(what: Plan, model: Any) -> Any:
+    """A whole model in its checkpoint's dtype, unless the recipe names one: float32 was for training, and would be read at twice the memory."""
+    dtype = what.config.dtype if what.recipe.model.name is not None and what.recipe.model.dtype == "auto" else None
+    return model if dtype is None else model.to(dtype)
 
 
 def _run(what: Plan, steps: int) -> dict[str, Any]:

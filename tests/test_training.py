@@ -485,6 +485,20 @@ def test_without_lora_every_weight_trains_and_stock_transformers_loads_it(recipe
     assert all(not torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize(("asked", "saved"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_without_lora_the_result_has_the_dtype_of_its_base(asked, saved, recipe, base, tmp_path):
+    half = checkpoint.load(base, dtype="bfloat16")
+    half.model.save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    recipe |= {"lora": None, "model": {"name": str(tmp_path / "half"), "dtype": asked}, "methods": [{"name": "mkl_alibi", "learn_weights": True}]}
+    assert trainer_for(recipe, tmp_path / "tried")[1].dtype is torch.float32
+    out = training.finetune(recipe, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(saved).removeprefix("torch.")
+    learned = {name for name in weights(out) if "longctx" in name}
+    assert {name: value.dtype for name, value in weights(out).items()} == {name: torch.float32 if name in learned else saved for name in weights(out)}
+    assert learned
+
+
 def test_training_from_scratch_needs_no_checkpoint(recipe, base, tmp_path):
     config = {key: value for key, value in tiny_config().to_dict().items() if key in ("model_type", *TINY_KEYS)}
     recipe |= {"model": {"config": config, "tokenizer": str(base)}, "lora": None, "methods": [{"name": "nope"}]}

@@ -36,7 +36,6 @@ BIASES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 FULL = {"lora": None, "also_train": ()}
 FULL_RATE = 4  # the learning rate of an adapter over that of all weights
-DTYPE = "bfloat16"  # of the weights that read: the checkpoint's. Training all of them leaves float32.
 
 
 def recipe_of(methods: tuple[dict[str, Any], ...], trained: str, seed: int, recipe: Recipe) -> Recipe:
@@ -55,7 +54,7 @@ def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: ar
     about = train(recipe_of(methods, trained, seed, recipe), folder) if trained else {"train_seconds": 0}
     tasks = [{"name": "tail_perplexity", "spans": options.spans}, {"name": "passkey", "n": options.keys}]
     (model, change), start = (folder / "model", ()) if trained else (str(recipe.model.name), methods), time.perf_counter()
-    found = evaluate(model, tasks, lengths, methods=change, out=folder / "eval", data=options.data, dtype=DTYPE)
+    found = evaluate(model, tasks, lengths, methods=change, out=folder / "eval", data=options.data)
     whole = [entry for entry in found if entry["depth"] is None]
     for problem in (entry for entry in whole if entry["metric"] == "failed"):
         raise RuntimeError(f"{problem['task']} at {problem['length']}: {problem['error']}")
