@@ -12,6 +12,11 @@ from torch import Tensor, nn
 Values = Mapping[str, Tensor]
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Where products of tensors on the device of `x` keep their dtype."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # it knows no meta device
+
+
 class Formula(nn.Module):
     """`formula(values, ...)` with its parameters and constants, in float32 whatever the model's dtype.
 

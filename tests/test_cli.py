@@ -397,6 +397,21 @@ def test_the_text_is_named_where_one_is_used(longctx, base, tokens):
     assert "yarn" in out
 
 
+def test_what_finetune_warns_of_is_a_line_told_once(recipe_file, tmp_path):
+    code = f"""
+import sys
+from hf_longctx.cli.main import main
+sys.argv, sys.stderr = ["longctx", "finetune", {str(recipe_file)!r}, "--set", "methods=[{{name: t5}}]", "--out", {str(tmp_path / "out")!r}], sys.stdout
+try:
+    main()
+except SystemExit as stopped:
+    assert stopped.code == 0
+"""
+    told = [line for line in in_process_of_its_own(code).splitlines() if "converge" in line]
+    assert len(told) == 1
+    assert told[0].startswith("longctx: the sum of exp(bias) over all distances does not converge for t5")
+
+
 def test_an_evaluation_that_breaks_after_training_costs_nothing_but_itself(longctx, recipe_file, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise ValueError("no text\nat all")

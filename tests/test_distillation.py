@@ -31,7 +31,6 @@ def test_the_teacher_is_the_base_and_leaves_the_student_as_it_was(family):
 
 
 @pytest.mark.parametrize("methods", [[{"name": "yarn", "factor": 4}, {"name": "mkl_alibi"}], [{"name": "nope", "target": 128}, {"name": "t5", "init": "normal"}, {"name": "ssmax", "init": 1}]])
-@pytest.mark.filterwarnings("ignore:the sum of exp")
 def test_the_teacher_has_no_bias_and_no_scaling(methods):
     base = tiny_model()
     wanted = hidden(base)

@@ -15,7 +15,7 @@ from tests.conftest import TINY
 from tests.test_biased_kernel import DEVICE, needs_kernel, oracle, positions_of
 from tests.test_slot_laws import patched
 
-pytestmark = pytest.mark.filterwarnings("ignore:the sum of exp", "ignore:.*gradient_checkpointing")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 LENGTH = 40
 LEARNED = ("mkl_learned",)
 BIASES = [("alibi",), ("mkl_learned",), ("kerple_power", "log_n"), ("t5", "nope")]

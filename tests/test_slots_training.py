@@ -38,7 +38,6 @@ def formulas(model) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:the sum of exp")
 @pytest.mark.parametrize("methods", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_an_adapter_carries_what_the_methods_learned(recipe, tmp_path, methods):
     recipe |= {"methods": methods}
@@ -63,7 +62,6 @@ def test_an_adapter_carries_what_the_methods_learned(recipe, tmp_path, methods):
             hf_longctx.patch(merged, "alibi", tmp_path / "again")
 
 
-@pytest.mark.filterwarnings("ignore:the sum of exp")
 def test_a_whole_model_is_trained_and_saved(recipe, tmp_path):
     recipe |= {"methods": COMBINATIONS["all"], "lora": None}
     folder, trained = adapted(recipe, tmp_path / "out")

@@ -6,7 +6,7 @@
 
 import copy
 import inspect
-import warnings
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +28,7 @@ from hf_longctx.integration.state import has_state
 from hf_longctx.method import Method, Shape, in_slot, load_methods
 from hf_longctx.modules import Formula, PerLayer
 
+logger = logging.getLogger(__name__)
 SLOTS = ("bias", "attention", "embedding", "delta")
 if TYPE_CHECKING:
     _Base = PreTrainedModel
@@ -227,13 +228,19 @@ def convert(model: PreTrainedModel) -> None:
 
 
 def warn_if_divergent(methods: Sequence[Method], config: PretrainedConfig) -> None:
-    """One warning for a bias under which far tokens together outweigh near ones in the end."""
+    """Warn of a bias under which far tokens together outweigh near ones in the end."""
     item = in_slot(methods, "bias")
     if item is not None and not item.converges(rope.read_shape(config)):
-        warnings.warn(
-            f"the sum of exp(bias) over all distances does not converge for {item.name} as it is set: far tokens, each of little weight, "
-            "outweigh near ones in the end, so expect it to extrapolate less than alibi or mkl_alibi", stacklevel=4,
-        )  # fmt: skip
+        _warn_of_divergence(item.name)
+
+
+@cache
+def _warn_of_divergence(name: str) -> None:
+    """Once: a run patches a configuration to plan with, and the model."""
+    logger.warning(
+        "the sum of exp(bias) over all distances does not converge for %s as it is set: far tokens, each of little weight, outweigh near ones "
+        "in the end, so expect it to extrapolate less than alibi or mkl_alibi", name,
+    )  # fmt: skip
 
 
 def prove(model: PreTrainedModel) -> None:

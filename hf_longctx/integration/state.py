@@ -36,6 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_longctx.integration import steps
 from hf_longctx.integration.configs import family
 from hf_longctx.kernels import carried_state
+from hf_longctx.modules import without_autocast
 
 State = tuple[Tensor, Tensor]  # of a layer: convolution [batch, channels, kernel], SSM [batch, channels or heads, ...]
 States = list[State]  # by layer, layers without a state left out
@@ -392,7 +393,7 @@ def scan_from(
     """
     wide = _wide(u.dtype)
     start = None if start is None else start.to(wide)
-    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # it knows no meta device
+    with without_autocast(u):
         if kernel is not None:
             u = u.contiguous()  # beside a cache it is the end of longer rows, and the kernel reads 16 bytes at a time from where a row begins
             gate = z if start is None else None
@@ -463,7 +464,7 @@ class _KernelState(torch.autograd.Function):
     def backward(ctx: Any, dlast: Tensor) -> tuple[Tensor | None, ...]:
         leaves: list[Any] = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:6], strict=True)]
         u, dt, a, b, delta_bias = leaves
-        with torch.enable_grad(), torch.autocast(dlast.device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(dlast):
             delta = _delta(dt, delta_bias, ctx.delta_softplus)
             remaining = delta.flip(-1).cumsum(-1).flip(-1) - delta
             weights = _Carried.apply(remaining, a.to(delta.dtype), b.to(delta.dtype), dlast.to(delta.dtype))  # type: ignore[no-untyped-call]
@@ -490,7 +491,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             return _SelectiveScan._gradients(dy, dlast, *ctx.saved_tensors)
 
     @staticmethod
@@ -528,7 +529,7 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             return _Carried._gradients(dy, *ctx.saved_tensors)
 
     @staticmethod

@@ -59,6 +59,8 @@ class Fire(Method):
     def _fraction_mlp(self, values: "Values", head: "Tensor", q_pos: "Tensor", k_pos: "Tensor") -> "Tensor":
         import torch
 
+        from hf_longctx.modules import without_autocast
+
         # Tensors pick parameters, zeros what all heads share: FlexAttention returns gradients only of tensors that a tensor indexes.
         zero, unit = q_pos * 0, torch.arange(self.width, device=q_pos.device)
         c, threshold = values["c"][zero].abs(), values["l"][zero].abs() * self.threshold
@@ -66,6 +68,6 @@ class Fire(Method):
         reach = i.where(i > threshold, threshold)
         x = (c * (q_pos - k_pos).clamp(min=0)).log1p() / ((c * reach).log1p() + _EPS)
         hidden = torch.addcmul(values["b1"][unit], x[..., None], values["w1"][unit]).relu()  # of a pair: all heads share it
-        with torch.autocast(hidden.device.type, enabled=False):  # a product, unlike what is pointwise, would lose precision
+        with without_autocast(hidden):  # which rounds a product, unlike what is pointwise
             total = torch.einsum("...u,...u->...", hidden, values["w2"][unit, head[..., None]])
         return total + values["b2"][head]
