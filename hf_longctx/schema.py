@@ -78,6 +78,11 @@ def _explain(item: Any, cls: type, where: str) -> str:
         return f"{key} is required"
     if item["type"] == "value_error":
         return f"{key}: {item['ctx']['error']}"
+    if item["type"] in ("dict_type", "dataclass_type"):
+        first = f" ({next(iter(_owner(cls, item['loc'])))}: ...)" if item["type"] == "dataclass_type" else ""
+        return f"{key} takes keys with values{first}, got {item['input']!r}"
+    if item["type"] == "tuple_type":
+        return f"{key} takes a list, got {item['input']!r}"
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
 
 

@@ -478,7 +478,7 @@ KINDS = "exponential, gaussian, half_exponential, polynomial, t5, tanh"
 ERRORS = [
     ("alibi", {"slopes": [0.5, -0.25]}, "alibi: slopes must be finite and not negative, got -0.25"),
     ("alibi", {"slopes": [float("nan")]}, "alibi: slopes must be finite and not negative, got nan"),
-    ("alibi", {"slopes": "steep"}, "alibi: slopes: input should be a valid tuple, got 'steep'"),
+    ("alibi", {"slopes": "steep"}, "alibi: slopes takes a list, got 'steep'"),
     ("alibi", {"multiplier": 0}, "alibi: multiplier must be a positive number, got 0.0"),
     ("alibi", {"slope": [1.0]}, "alibi: unknown key 'slope'; did you mean 'slopes'?"),
     ("kerple", {"form": "square"}, "kerple: form: input should be 'log' or 'power', got 'square'"),
@@ -498,7 +498,7 @@ ERRORS = [
     ("mkl_alibi", {"kernels": [{"kind": "tanh", "multiplier": -2}]}, "mkl_alibi: kernels.0: multiplier must be a positive number, got -2.0"),
     ("mkl_alibi", {"kernels": [{"kind": "tanh", "slopes": [-1]}]}, "mkl_alibi: kernels.0: slopes must be finite and not negative, got -1.0"),
     ("mkl_alibi", {"kernels": [{}]}, "mkl_alibi: kernels.0.kind is required"),
-    ("mkl_alibi", {"kernels": "gaussian"}, "mkl_alibi: kernels: input should be a valid tuple, got 'gaussian'"),
+    ("mkl_alibi", {"kernels": "gaussian"}, "mkl_alibi: kernels takes a list, got 'gaussian'"),
     (
         "mkl_alibi", {"kernels": [{"kind": "t5", "multiplier": 2}]},
         "mkl_alibi: kernels.0: a t5 kernel has no slopes: its shape is learned; leave slopes and multiplier out",
