@@ -127,7 +127,7 @@ class ProbeSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run; two equal recipes on one device give equal weights."""
+    """Everything that decides a training run; two equal recipes give equal weights on one device whose kernels add in a fixed order, as a CPU's do."""
 
     __pydantic_config__: ClassVar[Any] = STRICT_KEYS
     model: ModelSpec

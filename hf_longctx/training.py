@@ -49,8 +49,8 @@ def finetune(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, *
     Args:
         recipe: a Recipe, its values, a file, or the name of a shipped one.
         out: the folder for checkpoints and the result.
-        resume: go on from the last complete checkpoint in `out`; on one device the weights come out equal to those of an
-            uninterrupted run.
+        resume: go on from the last complete checkpoint in `out`; on one device whose kernels add in a fixed order, as a CPU's do,
+            the weights come out equal to those of an uninterrupted run.
         overwrite: throw away what `out` holds.
 
     Raises:

@@ -89,6 +89,21 @@ def test_every_gradient(names, checkpointing, calls, monkeypatch):
         assert (got[name] - want[name]).abs().max() <= 2e-4 * want[name].abs().max(), name
 
 
+@pytest.mark.parametrize(("names", "served"), [(("alibi",), 2), (LEARNED, 0)])
+def test_where_sums_must_have_an_order_the_kernel_learns_nothing(names, served, calls):
+    """It adds the gradient of a table as its programs end; `train: {full_determinism: true}` is heeded."""
+    model = patched("llama", names).to(DEVICE).train()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        assert len(calls) == served
+        with torch.no_grad():
+            model(tokens(), use_cache=False)
+        assert len(calls) == served + 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_autocast_reaches_the_kernel(calls, monkeypatch):
     """With float32 weights RoPE leaves queries and keys in float32; values are in half precision."""
     model, ids = patched("llama", ("alibi", "yarn")).to(DEVICE), tokens()

@@ -261,8 +261,13 @@ def _distances(tokens: Tokens, bias: Bias, query: Tensor, dropout: float = 0.0) 
     """What the kernel has to know of the keys, if it computes the pass, and how many distances a table holds, if there is to be one."""
     if not bias.by_distance or tokens.q_pos.shape[1] == 1:
         return None, None
-    layout = tokens.layout if not dropout and kernel.serves(query) else None
+    ordered = torch.are_deterministic_algorithms_enabled() and _learns(bias)  # the kernel adds up the gradient of a table as it comes
+    layout = tokens.layout if not (dropout or ordered) and kernel.serves(query) else None
     return layout, tokens.reach if layout is None else layout.reach(tokens.k_pos.shape[1])
+
+
+def _learns(bias: Bias) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in bias.parameters())
 
 
 def _shared(tokens: Tokens, reach: int) -> kernel.Table | None:
@@ -287,7 +292,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, table: kernel.Table, s
 def _table(bias: Bias, heads: int, length: int, device: torch.device) -> kernel.Table:
     """The bias at each distance, [heads, length]; backward computes it again, so that the steps to it are not kept."""
     head, distance = torch.arange(heads, device=device)[:, None], torch.arange(length, device=device)[None]
-    if not (torch.is_grad_enabled() and any(p.requires_grad for p in bias.parameters())):
+    if not _learns(bias):
         return kernel.Table(bias(head, distance, torch.zeros_like(distance)))
     return kernel.Table(checkpoint(bias, head, distance, torch.zeros_like(distance), use_reentrant=False, preserve_rng_state=False))
 
