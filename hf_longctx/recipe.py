@@ -35,7 +35,8 @@ class ModelSpec:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto: the checkpoint's. Where every weight is trained, auto trains float32 and saves the checkpoint's."""
+    """float32, bfloat16 or float16; auto: the checkpoint's. Where every weight is trained, auto trains float32 and saves the checkpoint's, or
+    float32 of a state-space model."""
     attn_implementation: str | None = None
     """Passed to Transformers: sdpa, flash_attention_2, eager, ...; by default what the model supports."""
     quantization: dict[str, Any] | None = None

@@ -328,9 +328,12 @@ def _save_result(what: Plan, model: Any, out: Path, mark: str, steps: int) -> No
 
 
 def _as_stored(what: Plan, model: Any) -> Any:
-    """A whole model in its checkpoint's dtype, unless the recipe names one: float32 was for training, and would be read at twice the memory."""
-    dtype = what.config.dtype if what.recipe.model.name is not None and what.recipe.model.dtype == "auto" else None
-    return model if dtype is None else model.to(dtype)
+    """A whole model in its checkpoint's dtype, unless the recipe names one: float32 was for training, and would be read at twice the memory.
+
+    State-space models stay: what half precision rounds off a decay is raised to the power of the tokens that have passed.
+    """
+    keeps = what.recipe.model.name is None or what.recipe.model.dtype != "auto" or what.passing is not None
+    return model if keeps or what.config.dtype is None else model.to(what.config.dtype)
 
 
 def _run(what: Plan, steps: int) -> dict[str, Any]:

@@ -243,6 +243,14 @@ def losses(out, step):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def test_decays_are_not_rounded_to_the_dtype_of_the_checkpoint(recipe_for, tmp_path):
+    half = checkpoint.load(recipe_for("mamba")["model"]["name"], dtype="bfloat16")
+    half.model.save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    out = training.finetune(recipe_for("mamba", "carry", model={"name": str(tmp_path / "half")}), tmp_path / "out")
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+
+
 def test_a_recipe_that_names_no_state_method_trains_as_zero(recipe_for, tmp_path):
     named, unnamed = (training.finetune(recipe_for("mamba", *methods), tmp_path / str(len(methods))) for methods in (["zero"], []))
     assert_equal_weights(named, unnamed)
