@@ -74,18 +74,23 @@ def test_the_model_is_left_as_it_was(recipe, tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_the_attention_of_training_gives_the_numbers_of_evaluation(recipe, tmp_path, family):
-    """In training SDPA is told that no row is padded: nor are those of a probe, also where layers slide."""
+BIAS = [{"name": "mkl_alibi"}, {"name": "nope", "target": 256}]
+
+
+@pytest.mark.parametrize(
+    ("family", "methods"), [("llama", []), ("gemma3_text", []), ("llama", BIAS), ("llama", [*BIAS, {"name": "pose"}])], ids=["full", "sliding", "bias", "skips"]
+)
+def test_the_attention_of_training_gives_the_numbers_of_evaluation(recipe, tmp_path, family, methods):
+    """In training SDPA, or a bias, is told that no row is padded: nor are those of a probe, also where layers slide."""
     tiny_model(family).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    recipe |= {"model": {"name": str(tmp_path / "base"), "attn_implementation": "sdpa"}, "probe": SPEC}
+    recipe |= {"model": {"name": str(tmp_path / "base"), "attn_implementation": "sdpa"}, "probe": SPEC, "methods": methods or recipe["methods"]}
     _, model, what = trainer_for(recipe, tmp_path / "out")
     base = model.get_base_model()
-    assert base.config._attn_implementation == "sdpa_full_rows"
+    assert base.config._attn_implementation.endswith("sdpa_full_rows")
     with probe._aside(model):
         live = [evaluation.score_cells(model, each.cells, 1) for each in what.probed]
-    base.set_attn_implementation("eager")
+    base.set_attn_implementation("sdpa" if methods else "eager")
     model.eval()
     for each, found in zip(what.probed, live, strict=True):
         for a, b in zip(found, evaluation.score_cells(model, each.cells, 1), strict=True):
