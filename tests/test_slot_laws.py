@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
@@ -988,6 +989,25 @@ def test_a_divergent_bias_warns_once(name, base, tmp_path, caplog):
     told = [message for message in caplog.messages if "does not converge for" in message]
     assert len(told) == DIVERGENT[name]
     assert all(SPECS[name]["name"] in message for message in told)
+
+
+@floor
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_patch_starts_is_not_reported_as_missing(family, family_folder, tmp_path):
+    """Its parameters are in no checkpoint until they are trained; weights of the model that are not there still are."""
+    folder = hf_longctx.patch(family_folder(family), specs(("fire",)), tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    wanted = load_methods(specs(("fire",)))[0].bias(model._longctx_shape)
+    for name, value in wanted.named_parameters():
+        assert torch.equal(model.longctx_bias.of(0).get_parameter(name), value), name
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("down_proj.weight") or name.endswith("dense_4h_to_h.weight"))
+    file.unlink()  # it may be a link to the base
+    save_file({name: value for name, value in weights.items() if name != lost}, file, metadata={"format": "pt"})
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == {lost}
 
 
 def test_the_proof_catches_a_layer_that_never_asks():

@@ -48,6 +48,8 @@ class LongctxModel(_Base):
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         wanted = config._attn_implementation
         super().__init__(config, *args, **kwargs)
+        # A patched checkpoint that was not trained holds no parameters of methods: `_init_weights` starts them, and nothing is amiss.
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), r"^longctx_"}
         install(self)
         if wanted is not None:
             self.set_attn_implementation(wanted)
