@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -228,7 +230,8 @@ def _plot_method(name: str | None, picture: Path, as_json: bool) -> None:
         out.print(f"receptive field: the distance within which 99 % of the kernel's mass lies, over distances below {length}", markup=False)
         out.print(f"the kernel's sum over all distances {'converges' if found['converges'] else 'does not converge'}", markup=False)
         fields = [f"beyond {length}" if field is None else f"{field:,}" for field in found["receptive_field"]]
-        _table(("head", "receptive field (tokens)"), [[str(head), field] for head, field in enumerate(fields, start=1)])
+        alike = [[head for head, _ in group] for _, group in groupby(enumerate(fields, start=1), key=itemgetter(1))]
+        _table(("head", "receptive field (tokens)"), [["-".join(map(str, sorted({heads[0], heads[-1]}))), fields[heads[0] - 1]] for heads in alike])
     out.print(str(picture), markup=False)
 
 

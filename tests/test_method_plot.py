@@ -180,6 +180,13 @@ def test_the_command_draws_and_tells(longctx, tmp_path):
     assert (tmp_path / "alibi.png").stat().st_size > 10_000
 
 
+def test_heads_that_are_alike_share_a_line(longctx):
+    slopes = [0.5] * 16 + [0.25] + [0.5] * 15
+    _, printed, _ = longctx("methods", f"alibi:slopes={slopes}", "--plot", "alibi.png")
+    near, far = (str(geometric(slope, 131072)) for slope in (0.5, 0.25))
+    assert [line.split() for line in printed.splitlines()[3:-1]] == [["1-16", near], ["17", far], ["18-32", near]]
+
+
 def test_the_command_prints_numbers_as_json(longctx):
     status, printed, _ = longctx("methods", "t5", "--plot", "t5.png", "--json")
     found = json.loads(printed)
