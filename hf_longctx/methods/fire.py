@@ -69,5 +69,5 @@ class Fire(Method):
         x = (c * (q_pos - k_pos).clamp(min=0)).log1p() / ((c * reach).log1p() + _EPS)
         hidden = torch.addcmul(values["b1"][unit], x[..., None], values["w1"][unit]).relu()  # of a pair: all heads share it
         with without_autocast(hidden):  # which rounds a product, unlike what is pointwise
-            total = torch.einsum("...u,...u->...", hidden, values["w2"][unit, head[..., None]])
+            total = torch.einsum("...u,...u->...", values["w2"][unit, head[..., None]], hidden)  # weights first: keys end up last in memory
         return total + values["b2"][head]

@@ -457,6 +457,14 @@ def test_formula_is_pointwise(name, heads, fields):
 
 
 @pytest.mark.parametrize(("name", "heads", "fields"), FORMULAS)
+def test_keys_lie_last_in_memory(name, heads, fields):
+    """Otherwise SDPA has no fast kernel for the mask that it becomes."""
+    at = torch.arange(20).expand(3, 20)
+    found = perturbed(name, heads, fields)(torch.arange(heads)[:, None, None], at[:, None, :, None], at[:, None, None])
+    assert found.stride(-1) == 1
+
+
+@pytest.mark.parametrize(("name", "heads", "fields"), FORMULAS)
 def test_autocast_does_not_round_it(name, heads, fields):
     module, (q, k) = perturbed(name, heads, fields), pairs()
     with torch.no_grad():
