@@ -111,7 +111,7 @@ def test_large_and_small_steps():
     given["delta_bias"] = torch.zeros(3, device=DEVICE, requires_grad=True)
     _, elapsed = add_carried(**given, delta_softplus=True)
     want = nn.functional.softplus(given["dt"].double()).sum(-1)
-    assert ((elapsed - want) / want).abs().max() < 1e-6
+    assert ((elapsed - want) / want).abs().max() < 2e-6  # a GPU's exponential of -30 is off by 1.2e-6
     (slope,) = torch.autograd.grad(elapsed.sum(), given["dt"])
     assert ((slope - given["dt"].double().sigmoid()) / slope).abs().max() < 1e-6
 
@@ -153,7 +153,7 @@ def test_gradients_that_nobody_asked_for():
     want = torch.autograd.grad(add_carried(**given, delta_softplus=True)[0].sum(), [given["dt"], given["c"]])
     frozen = given | {name: given[name].detach() for name in ("a", "start", "delta_bias")}
     got = torch.autograd.grad(add_carried(**frozen, delta_softplus=True)[0].sum(), [given["dt"], given["c"]])
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert all(_error(x, y) < 1e-6 for x, y in zip(got, want, strict=True))  # another kernel, which a GPU may round otherwise
 
 
 @needs_kernel
@@ -194,10 +194,11 @@ def test_a_scan_in_two_pieces_is_the_scan_in_one(monkeypatch):
 def test_a_window_of_fresh_rows_is_given_no_state(name, fields, states):
     """As far as the host knows: then there is nothing to complete. A source is asked for states in all other windows."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 20, "state_size": 4, "bos_token_id": 1, "eos_token_id": 2}
-    run = Passing(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)), method(name, **fields), micro_batches=1, seed=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).to(DEVICE)  # where causal-conv1d is, it takes nothing else
+    run = Passing(model, method(name, **fields), micro_batches=1, seed=0)
     found = []
     for fresh in ([True, True], [False, False], [True, False], [True, True]):
-        with run.window({"input_ids": torch.randint(3, 20, (2, 5)), "fresh": fresh}) as given, torch.no_grad():
+        with run.window({"input_ids": torch.randint(3, 20, (2, 5), device=DEVICE), "fresh": fresh}) as given, torch.no_grad():
             run.model(**given)
         found.append(given["cache_params"].layers[0].initial is not None)
     assert found == states

@@ -6,8 +6,8 @@
 and `--recipe scratch-mamba-512 --rows zero,carry,zero>carry --baseline zero` for state passing: `zero>carry` trains what `zero` left for
 --more times as many steps, at a third of the learning rate. Prints four tables, mean over seeds and the half-width of its 95 %
 interval (Student's t): perplexity by length; the change from `--baseline`, same seed, same tokens; the change from the shortest
-length, same model, same tokens, with the largest upper end of its intervals over documents; the loss in training. What `--runs`
-holds already is not run again; `--table` runs nothing.
+length, same model, same tokens, with the largest upper end of its intervals over documents; the loss in training. With `--keys`,
+two: passkeys found, and the loss. What `--runs` holds already is not run again; `--table` runs nothing.
 """
 
 import argparse
@@ -87,11 +87,13 @@ def measure(row: str, seed: int, recipe: Recipe, lengths: list[int], options: ar
     """Train one model and read the documents with it; what `--runs` keeps of that."""
     folder = options.out / f"{row}@{seed}"
     trained, start = train(recipe_of(row, seed, recipe, options), folder), time.perf_counter()
-    task = {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}
-    found = evaluate(folder / "model", [task], lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
-    value = {entry["length"]: entry["value"] and round(entry["value"], 4) for entry in found if entry["metric"] in ("perplexity", "failed")}
-    change = {entry["length"]: [round(100 * entry[which], 4) for which in ("value", "ci_high")] for entry in found if entry["metric"] == f"change_from_{min(lengths)}"}
-    return trained | {"read_seconds": round(time.perf_counter() - start), "perplexity": value, "change": change, "machine": machine()}
+    tasks = [{"name": "passkey", "n": options.keys} if options.keys else {"name": "tail_perplexity", "spans": options.spans, "tokens": options.tokens}]
+    found = evaluate(folder / "model", tasks, lengths, out=folder / "eval", data=options.data, dtype=options.dtype)
+    whole = [entry for entry in found if entry["depth"] is None]
+    value = {entry["length"]: entry["value"] and round(entry["value"], 4) for entry in whole if entry["metric"] in ("perplexity", "accuracy", "failed")}
+    change = {entry["length"]: [round(100 * entry[which], 4) for which in ("value", "ci_high")] for entry in whole if entry["metric"] == f"change_from_{min(lengths)}"}
+    read = {"passkey": value} if options.keys else {"perplexity": value, "change": change}
+    return trained | {"read_seconds": round(time.perf_counter() - start)} | read | {"machine": machine()}
 
 
 def machine() -> str:
@@ -182,39 +184,51 @@ def draw(found: dict[str, dict[int, list[float]]], path: Path) -> None:
 
 def report(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Namespace) -> None:
     """The tables and the picture, of the runs that are there."""
-    values: dict[str, dict[int, list[float]]] = {}
-    table: list[dict[str, list[str]]] = [{}, {}, {}, {}]
-    for row in rows:
-        there = [seed for seed in range(options.seeds) if f"{row}@{seed}" in runs]
-        pairs = [(runs.of(f"{row}@{seed}", "perplexity"), runs.of(f"{options.baseline}@{seed}", "perplexity")) for seed in there]
-        grown = [runs.of(f"{row}@{seed}", "change") for seed in there]
-        values[row] = {n: kept for n in lengths if (kept := [found[n] for found, _ in pairs if n in found])}
-        change = {n: [100 * (found[n] / beside[n] - 1) for found, beside in pairs if n in found and n in beside] for n in lengths}
-        growth = {n: [each[n] for each in grown if n in each] for n in lengths}
-        table[0][row] = [spread(values[row].get(n, [])) for n in lengths]
-        table[1][row] = [spread(change[n]) for n in lengths]
-        table[2][row] = [spread([g for g, _ in growth[n]]) + (f" ({max(top for _, top in growth[n]):+.2f})" if growth[n] else "") for n in lengths[1:]]
-        table[3][row] = [spread(list(each)) for each in zip(*(runs.losses(f"{row}@{seed}") for seed in there))] or [""] * PARTS
+    what = "passkey" if options.keys else "perplexity"
+    there = {row: [seed for seed in range(options.seeds) if f"{row}@{seed}" in runs] for row in rows}
+    found = {row: [runs.of(f"{row}@{seed}", what) for seed in seeds] for row, seeds in there.items()}
+    values = {row: {n: kept for n in lengths if (kept := [each[n] for each in all_seeds if n in each])} for row, all_seeds in found.items()}
     names = [format_size(n) for n in lengths]
-    titles = ("perplexity", names), (f"change from {options.baseline}, %", names), (f"change from {names[0]}, % (most)", names[1:])
-    eighths = [f"{i}/{PARTS}" for i in range(1, PARTS + 1)]
-    for (title, shown), cells in zip((*titles, ("loss, mean of each eighth of training", eighths)), table, strict=True):
-        print_table(title, shown, cells)
+    print_table(what, names, {row: [spread(values[row].get(n, [])) for n in lengths] for row in rows})
+    if what == "perplexity":
+        beside = {row: [runs.of(f"{options.baseline}@{seed}", what) for seed in seeds] for row, seeds in there.items()}
+        report_changes(lengths, found, beside, {row: [runs.of(f"{row}@{seed}", "change") for seed in seeds] for row, seeds in there.items()}, options)
+    losses = {row: [spread(list(each)) for each in zip(*(runs.losses(f"{row}@{seed}") for seed in seeds))] or [""] * PARTS for row, seeds in there.items()}
+    print_table("loss, mean of each eighth of training", [f"{i}/{PARTS}" for i in range(1, PARTS + 1)], losses)
     if options.plot and any(values.values()):
         draw(values, options.plot)
+
+
+BySeed = dict[str, list[dict[int, Any]]]  # of each row, by seed, by length
+
+
+def report_changes(lengths: list[int], found: BySeed, beside: BySeed, grown: BySeed, options: argparse.Namespace) -> None:
+    """From the baseline with the same seed, and from the shortest length."""
+
+    def from_baseline(row: str, n: int) -> str:
+        return spread([100 * (mine[n] / other[n] - 1) for mine, other in zip(found[row], beside[row], strict=True) if n in mine and n in other])
+
+    def from_shortest(row: str, n: int) -> str:
+        changes = [each[n] for each in grown[row] if n in each]
+        return spread([change for change, _ in changes]) + (f" ({max(top for _, top in changes):+.2f})" if changes else "")
+
+    names = [format_size(n) for n in lengths]
+    print_table(f"change from {options.baseline}, %", names, {row: [from_baseline(row, n) for n in lengths] for row in found})
+    print_table(f"change from {names[0]}, % (most)", names[1:], {row: [from_shortest(row, n) for n in lengths[1:]] for row in found})
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="scratch-512")
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--data", help="to read; needed but for --table")
+    parser.add_argument("--data", help="to read; needed but for --table and --keys")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lengths", default="512,1k,2k,4k,8k,16k")
     parser.add_argument("--dtype", help="of the weights that read; a state's decay wants float32")
     parser.add_argument("--spans", type=int, default=4, help="a document")
     parser.add_argument("--tokens", type=int, default=256, help="of a span")
+    parser.add_argument("--keys", type=int, help="a depth, of 10: find passkeys in the place of reading --data")
     parser.add_argument("--baseline", default="alibi")
     parser.add_argument("--more", type=float, default=0.05, help="of the steps, for rows with >")
     parser.add_argument("--workers", type=int, default=1, help="processes, dealt to the GPUs")
@@ -226,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     lengths, rows = [parse_size(length) for length in options.lengths.split(",")], options.rows.split(",")
     runs = Runs(options.runs or options.out / "runs.json")
     if not options.table:
-        if options.data is None:
+        if options.data is None and not options.keys:
             parser.error("--data is missing")
         measure_all(rows, lengths, runs, options)
     print(f"\n{options.seeds} seeds; {json.dumps(runs.found['settings'])}; {' and '.join(runs.machines())}")
@@ -237,7 +251,8 @@ def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argpar
     """What is not there yet, seed by seed."""
     recipe = read_recipe(options.recipe, options.set)
     of_training = {key: recipe.train[key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate")}
-    of_reading = {"lengths": lengths, "spans": options.spans, "tokens": options.tokens, "dtype": options.dtype}
+    task = {"keys": options.keys} if options.keys else {"spans": options.spans, "tokens": options.tokens}
+    of_reading = {"lengths": lengths} | task | {"dtype": options.dtype}
     runs.expect({"recipe": options.recipe, "window": recipe.window} | of_training | of_reading)
     left = [(row, seed) for seed in range(options.seeds) for row in rows if f"{row}@{seed}" not in runs]
     spawn = torch.multiprocessing.get_context("spawn")
@@ -246,7 +261,7 @@ def measure_all(rows: list[str], lengths: list[int], runs: Runs, options: argpar
         for depth in sorted({row.count(">") for row, _ in left}):  # what others begin with comes first
             going = {pool.submit(measure, *run, recipe, lengths, options): f"{run[0]}@{run[1]}" for run in left if run[0].count(">") == depth}
             for name, run in results(going, runs):
-                told = " / ".join(f"{value:.4g}" if value else "failed" for value in run["perplexity"].values())
+                told = " / ".join("failed" if value is None else f"{value:.4g}" for value in run["passkey" if options.keys else "perplexity"].values())
                 print(f"{name}: {told} (trained in {run['train_seconds']} s, read in {run['read_seconds']} s)", flush=True)
 
 
