@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from hf_longctx import data, planning, training
 from hf_longctx.recipe import SHIPPED, dump_recipe, json_schema, parse_recipe, parse_value, read_recipe, recipe_names
@@ -189,8 +190,9 @@ def test_shipped_recipes_train_for_a_step(name, base, tokens, tmp_path):
         byte_tokenizer().save_pretrained(tmp_path / "model")
         values["model"] |= {"name": str(tmp_path / "model"), "revision": None}
     values["model"] |= {"dtype": "float32", "attn_implementation": None}
-    for item in values["methods"]:
-        item.pop("target", None)  # it fitted the real model's window
+    for item in values["methods"]:  # targets fitted the real model's window
+        if item["name"] != "theta":  # which needs one, from that window up
+            item.pop("target", None)
     values |= {"window": 32, "compile": "off", "data": [{"path": str(tokens), "short": source["short"]} for source in values["data"]]}
     gpu_only = {"bf16", "tf32", "fp16", "optim", "dataloader_num_workers", "use_liger_kernel"}
     train = {key: value for key, value in values["train"].items() if key not in gpu_only}
@@ -266,9 +268,9 @@ def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true
     recipe = true_shape(name)
     found = planning.dry_run(recipe, samples=1)
     billions, before, after = WEIGHTS[name]
-    unrotated = name == "smollm2-135m-mkl-alibi"
-    assert (found["trained_window"], found["target"], found["sampler"].get("target")) == (before, after, None if unrotated else after)
-    assert [m["name"] for m in found["methods"]] == (["nope", "mkl_alibi"] if unrotated else ["yarn"])
+    biased = name == "smollm2-135m-mkl-alibi"
+    assert (found["trained_window"], found["target"], found["sampler"].get("target")) == (before, after, None if biased else after)
+    assert [m["name"] for m in found["methods"]] == (["theta", "mkl_alibi"] if biased else ["yarn"])
     assert recipe.window <= before
     assert found["steps"] == recipe.train["max_steps"] > 0
     assert found["dropped"] == 0
@@ -278,6 +280,13 @@ def test_shipped_recipes_resolve_on_their_true_shapes_without_weights(name, true
     memory = found["memory"]
     assert memory["weights"] >= total * 2 / 2**30
     assert memory["total"] < 80  # on a CPU it counts 32-bit weights; one large GPU is enough
+
+
+def test_the_recipe_with_a_bias_leaves_the_rotations_as_they_are(true_shape):
+    """Its base is the model's own; what changes is the window, and what is added to attention."""
+    what = planning.plan(true_shape("smollm2-135m-mkl-alibi"), weights=False)
+    changed, stock = what.config.rope_parameters, AutoConfig.for_model(**SHAPES["smollm2-135m-mkl-alibi"]).rope_parameters
+    assert {key: changed[key] for key in stock} == stock
 
 
 @pytest.mark.parametrize("name", sorted(STATES))
