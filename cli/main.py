@@ -230,8 +230,9 @@ def _plot_method(name: str | None, picture: Path, as_json: bool) -> None:
         out.print(f"receptive field: the distance within which 99 % of the kernel's mass lies, over distances below {length}", markup=False)
         out.print(f"the kernel's sum over all distances {'converges' if found['converges'] else 'does not converge'}", markup=False)
         fields = [f"beyond {length}" if field is None else f"{field:,}" for field in found["receptive_field"]]
-        alike = [[head for head, _ in group] for _, group in groupby(enumerate(fields, start=1), key=itemgetter(1))]
-        _table(("head", "receptive field (tokens)"), [["-".join(map(str, sorted({heads[0], heads[-1]}))), fields[heads[0] - 1]] for heads in alike])
+        alike = [list(group) for _, group in groupby(enumerate(fields, start=1), key=itemgetter(1))]
+        heads = [f"{run[0][0]}-{run[-1][0]}" if len(run) > 1 else str(run[0][0]) for run in alike]
+        _table(("head", "receptive field (tokens)"), [[which, run[0][1]] for which, run in zip(heads, alike, strict=True)])
     out.print(str(picture), markup=False)
 
 
