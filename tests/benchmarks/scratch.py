@@ -49,7 +49,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "key_norm_sum": [{"name": "key_norm"}],
     "key_norm_mean": [{"name": "key_norm", "by": "mean", "learn_gain": True}],
 }
-STATES: dict[str, list[dict[str, Any]]] = {name: [{"name": name}] for name in method_names("state")} | {"noise": [{"name": "noise", "sigma": 0.1}]}
+STATES: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"name": name}] for name in method_names("state")},
+    "noise": [{"name": "noise", "sigma": 0.1}],
+    "zero_in_order": [{"name": "carry", "probability": 1.0}],  # carry's order of texts, each window from zeros: what of carry is order
+}
 PARTS = 8  # of training, for its loss
 T95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
