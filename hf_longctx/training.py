@@ -364,5 +364,7 @@ def _save_adapter(what: Plan, model: Any, folder: Path, mark: str) -> None:
             if path.name != "generation_config.json":
                 files.place(path, folder)
         checkpoint.finish_folder(folder, what.config, {}, files.read_json(source / "config.json"))
-    name = str(local.resolve()) if local.exists() else spec.name
-    checkpoint.write_sidecar(folder, name, None if local.exists() else revision, what.methods, mark, what.target)
+    name, revision = (str(local.resolve()), None) if local.exists() else (spec.name, revision)
+    checkpoint.write_sidecar(folder, name, revision, what.methods, mark, what.target)
+    path = folder / files.ADAPTER  # PEFT names the folder that was loaded, which for a model from the hub is one of this machine's cache
+    files.write_json(path, files.read_json(path) | {"base_model_name_or_path": name, "revision": revision})
