@@ -638,6 +638,18 @@ def test_a_bias_of_the_distance_is_looked_up(name, skips, monkeypatch):
         close(found, want, 2e-5 * want.abs().max().item())
 
 
+@pytest.mark.parametrize(("family", "names"), [("llama", ("mkl_learned", "key_norm")), ("llama", ("fire", "sinusoidal")), ("gpt_neox", ("alibi", "log_n"))])
+def test_a_compiled_model_is_one_graph(family, names):
+    """As stock ones are: nothing is read back where positions are not given. Padding is in the mask, not in the graph."""
+    model, ids = patched(family, names).eval(), tokens(WINDOW, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    padded = torch.ones_like(ids).index_fill_(1, torch.arange(3), 0)
+    with torch.no_grad():
+        for given in ({"use_cache": False}, {"attention_mask": padded}):
+            close(compiled(input_ids=ids, **given).logits, model(input_ids=ids, **given).logits, 1e-5)
+
+
 def test_what_has_more_distances_than_pairs_is_not_looked_up():
     where = torch.tensor([[0, 5000]])
     assert attention.Tokens(where, where, where, None, True).reach is None

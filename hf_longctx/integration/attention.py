@@ -4,9 +4,9 @@ A forward pre-hook on the decoder works out where the tokens of a pass stand (`l
 `longctx`, which Transformers passes on to the attention function of every layer.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,20 @@ def expect_full_rows(model: Any, rows: Rows) -> bool:
     return True
 
 
+class _once:
+    """A property that is computed once. That of functools holds a lock before Python 3.12, which torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self.compute = compute
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = self.compute(instance)
+        setattr(instance, self.compute.__name__, value)  # from now on found before this
+        return value
+
+
 @dataclass
 class Tokens:
     """Where the queries and keys of one forward pass stand, and what a model's methods do with them.
@@ -70,11 +84,12 @@ class Tokens:
         q_index: how many keys each query sees, itself included, [batch or 1, queries].
         k_valid: False at padding and where a static cache is not filled yet, [batch or 1, keys]; None if every key counts.
         causal: the last query sees all valid keys, the one before it all but the last key, and so on.
+        plain: the position of a key is its index, and the last query stands at the last one; known without a look at the device.
         bias, scaling: modules of the `bias` and the `attention` slot.
         layers: which layers they belong to.
         rows: what was promised of them; without it, and where it does not hold, they are looked at.
         table: the bias at each distance, where it is one for all layers and the kernel reads it.
-        seen: layers that asked, in order.
+        seen: where to note the layers that ask, or None.
     """
 
     q_pos: Tensor
@@ -82,14 +97,15 @@ class Tokens:
     q_index: Tensor
     k_valid: Tensor | None
     causal: bool
+    plain: bool = False
     bias: PerLayer | None = None
     scaling: PerLayer | None = None
     layers: frozenset[int] = frozenset()
     rows: Rows | None = None
     table: kernel.Table | None = None
-    seen: list[int] = field(default_factory=list)
+    seen: list[int] | None = None
 
-    @cached_property
+    @_once
     def places(self) -> tuple[Tensor, Tensor]:
         """`q_pos` and `k_pos`, of one row where all rows stand alike: a bias is then computed once and not for each.
 
@@ -101,36 +117,41 @@ class Tokens:
         alike = bool((self.q_pos == self.q_pos[:1]).all() & (self.k_pos == self.k_pos[:1]).all())
         return (self.q_pos[:1], self.k_pos[:1]) if alike else (self.q_pos, self.k_pos)
 
-    @cached_property
+    @_once
     def reach(self) -> int | None:
         """How many distances there are between queries and the keys before them; None where those are more than the pairs, as in decoding.
 
-        It waits for the device, once a pass, unless rows were promised.
+        It waits for the device, once a pass, unless rows were promised or positions are plain.
         """
         queries, keys = self.q_pos.shape[1], self.k_pos.shape[1]
         if queries == 1 or self.q_pos.is_meta:
             return None
-        if self.rows:
-            reach = keys if self.rows.runs == 1 else self.rows.reach
+        if self.plain:
+            reach = keys
+        elif self.rows:
+            reach = self.rows.reach
         else:
             first = self.k_pos if self.k_valid is None else self.k_pos.where(self.k_valid, self.k_pos.amax())
             reach = int(self.q_pos.amax() - first.amin()) + 1
         return reach if 0 < reach <= min(queries * keys, REACH) else None
 
-    @cached_property
+    @_once
     def layout(self) -> "Layout | None":
         """How keys and positions lie, if nothing else sets the pass apart from a plain causal one; None if the kernel does not compute it.
 
         Rows may be padded on the left, not between tokens. Positions may skip upward, in self-attention and with a 2-D mask: without
-        one Transformers takes any skip for the beginning of a packed document. It waits for the device, once a pass, unless rows were promised.
+        one Transformers takes any skip for the beginning of a packed document. It waits for the device, once a pass, unless rows were promised
+        or positions are plain and no key is hidden.
         """
         if not self.causal:
             return None
         keys, queries = self.k_pos.shape[1], self.q_pos.shape[1]
+        none_hidden = torch.zeros(1, dtype=torch.long, device=self.q_pos.device)
+        if self.plain and self.k_valid is None:
+            return Layout(none_hidden, None)
         steps = (self.q_pos - torch.arange(queries, device=self.q_pos.device)).diff()
         if self.rows:
-            start = torch.zeros(1, dtype=torch.long, device=self.q_pos.device)
-            return Layout(start, None if self.rows.runs == 1 else _chunks(steps, self.rows.runs, self.rows.reach))
+            return Layout(none_hidden, _chunks(steps, self.rows.runs, self.rows.reach))
         valid = torch.ones_like(self.k_pos, dtype=torch.bool) if self.k_valid is None else self.k_valid
         steps = steps * valid[:, -queries:][:, :-1]  # those out of padding are none
         holes, back = (valid[:, 1:] < valid[:, :-1]).any(), (steps < 0).any()
@@ -188,10 +209,11 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
     q_pos = queries[None] if position_ids is None else position_ids
     fresh = keys == length  # nothing cached, nothing allocated ahead
     two_dim = isinstance(mask, Tensor) and mask.dim() == 2
-    causal = keys == start + length and (mask is None or two_dim)
+    whole = keys == start + length
+    causal, plain = whole and (mask is None or two_dim), whole and position_ids is None
     if rows and two_dim and cache is None and length <= rows.reach:
         q_pos = queries[None] if rows.runs == 1 else q_pos
-        return Tokens(q_pos, q_pos, queries[None] + 1, None, True, rows=rows)
+        return Tokens(q_pos, q_pos, queries[None] + 1, None, True, rows.runs == 1, rows=rows)
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
@@ -203,10 +225,10 @@ def locate(length: int, device: torch.device, mask: Any, position_ids: Tensor | 
         k_valid = pad(mask.bool(), (0, max(0, keys - mask.shape[1])))[:, :keys]
         q_index = k_valid.cumsum(-1)[:, queries - first]
     if fresh:
-        return Tokens(q_pos, q_pos, q_index, None if mask is None else k_valid, causal)
+        return Tokens(q_pos, q_pos, q_index, None if mask is None else k_valid, causal, plain)
     # A query that is no padding tells where the keys before it stand; `generate` gives padding any position.
     ahead = (q_pos - queries).where(k_valid[:, queries - first], 2**31).amin(-1, keepdim=True)
-    return Tokens(q_pos, index[None] + ahead, q_index, k_valid, causal)
+    return Tokens(q_pos, index[None] + ahead, q_index, k_valid, causal, plain)
 
 
 def attend(
@@ -226,7 +248,8 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None, dropout: float, longctx: Tokens, rest: dict[str, Any]
 ) -> tuple[Tensor, None]:
     layer = module.layer_idx
-    longctx.seen.append(layer)
+    if longctx.seen is not None:
+        longctx.seen.append(layer)
     if layer in longctx.layers and longctx.scaling is not None:
         query, key = longctx.scaling.of(layer)(query, key, longctx.q_pos, longctx.q_index, longctx.k_valid)
     if layer not in longctx.layers or longctx.bias is None:
@@ -245,15 +268,15 @@ def _attend(
 
 
 def share_table(tokens: Tokens, heads: int, query: Tensor) -> None:
-    """Before the layers of a pass, and outside of what gradient checkpointing runs again: make the table of a bias that they share.
+    """Before the layers of a pass, and outside of what gradient checkpointing runs again: make the table of a bias that they share, if they do.
 
     query: any tensor with the dtype, device and head dimension of queries.
     """
-    if tokens.bias is None or len(tokens.bias.layers) > 1:
+    if tokens.bias is None:
         return
     bias = tokens.bias.of(0)
-    _, reach = _distances(tokens, bias, query)
-    if reach is not None:
+    _, reach = _distances(tokens, bias, query)  # looked up by every layer: what waits for the device, and breaks a graph, is over before them
+    if reach is not None and len(tokens.bias.layers) == 1:
         tokens.table = _table(bias, heads, reach, query.device)
 
 
