@@ -55,6 +55,7 @@ STATES: dict[str, list[dict[str, Any]]] = {
     "zero_in_order": [{"name": "carry", "probability": 1.0}],  # carry's order of texts, each window from zeros: what of carry is order
 }
 PARTS = 8  # of training, for its loss
+BySeed = dict[str, list[dict[int, Any]]]  # of each row, by seed, by length
 T95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, by number of seeds
 
 
@@ -201,9 +202,6 @@ def report(rows: list[str], lengths: list[int], runs: Runs, options: argparse.Na
     print_table("loss, mean of each eighth of training", [f"{i}/{PARTS}" for i in range(1, PARTS + 1)], losses)
     if options.plot and any(values.values()):
         draw(values, options.plot)
-
-
-BySeed = dict[str, list[dict[int, Any]]]  # of each row, by seed, by length
 
 
 def report_changes(lengths: list[int], found: BySeed, beside: BySeed, grown: BySeed, options: argparse.Namespace) -> None:
