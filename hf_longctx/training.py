@@ -136,6 +136,9 @@ def _check_arguments(arguments: TrainingArguments, what: Plan) -> None:
 
 def _check_free(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Raises ValueError if `folder` is in use, or holds what the run reads. Nothing is touched before the recipe is known to work."""
+    whole = any((folder / name).exists() for name in (files.ADAPTER, "config.json"))
+    if not overwrite and not whole and (folder / files.RECIPE).exists():
+        raise ValueError(f"{folder} holds a run that was stopped; add --resume to go on with it, --overwrite to begin anew, or choose another --out")
     files.check_output(folder, overwrite)
     measured = [spec.data for spec in (recipe.eval, recipe.probe) if spec is not None]
     for given in (recipe.model.name, recipe.model.tokenizer, *measured, *(source.path for source in recipe.data)):

@@ -314,7 +314,11 @@ def test_an_interrupt_saves_and_resumes_to_equal_weights(full_recipe, whole, tmp
     assert training.last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
     assert signal.getsignal(signal.SIGINT) is before
     at_step(-1, None)
+    with pytest.raises(ValueError, match="holds a run that was stopped; add --resume"):
+        training.finetune(full_recipe, tmp_path / "out")
     training.finetune(full_recipe, tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match="already holds something"):
+        training.finetune(full_recipe, tmp_path / "out")
     assert_equal_weights(whole, tmp_path / "out")
 
 
