@@ -113,7 +113,7 @@ def test_large_and_small_steps():
     want = nn.functional.softplus(given["dt"].double()).sum(-1)
     assert ((elapsed - want) / want).abs().max() < 2e-6  # a GPU's exponential of -30 is off by 1.2e-6
     (slope,) = torch.autograd.grad(elapsed.sum(), given["dt"])
-    assert ((slope - given["dt"].double().sigmoid()) / slope).abs().max() < 1e-6
+    assert ((slope - given["dt"].double().sigmoid()) / slope).abs().max() < 2e-6
 
 
 @needs_kernel

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_longctx import method
 from hf_longctx.integration import attention
+from hf_longctx.kernels import biased_attention as kernel
 from hf_longctx.kernels.biased_attention import Table, biased_attention
 from tests.conftest import TINY
 from tests.test_biased_kernel import DEVICE, needs_kernel, oracle, positions_of
@@ -87,6 +88,21 @@ def test_every_gradient(names, checkpointing, calls, monkeypatch):
     for name in want:
         assert want[name].any(), name
         assert (got[name] - want[name]).abs().max() <= 2e-4 * want[name].abs().max(), name
+
+
+@needs_kernel
+@pytest.mark.parametrize("names", BIASES, ids="+".join)
+def test_a_compiled_model_is_one_graph_with_the_kernel_in_it(names, monkeypatch):
+    model, ids = patched("llama", names).to(DEVICE).eval(), tokens()
+    launched, run = [], kernel._run_forward
+    monkeypatch.setattr(kernel, "_run_forward", lambda *args: (launched.append(1), run(*args))[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(input_ids=ids, use_cache=False).logits
+        assert len(launched) == 2
+        want = blocks(monkeypatch, lambda: model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("names", "served"), [(("alibi",), 2), (LEARNED, 0)])

@@ -28,6 +28,9 @@ def _nothing():  # type: ignore[no-untyped-def]
     pass
 
 
+_INTERPRETED = triton is not None and isinstance(_nothing, InterpretedFunction)  # here, since torch.compile cannot trace the question
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in Python, on any tensor, slowly: TRITON_INTERPRET=1 was set before the first import."""
-    return triton is not None and isinstance(_nothing, InterpretedFunction)
+    return _INTERPRETED

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from hf_longctx.kernels._triton import interpreted, jit, tl, triton
 
@@ -91,9 +92,14 @@ SHARED_MEMORY = 163 * 1024
 def serves(x: Tensor) -> bool:
     """Whether the kernels run on a tensor: there is Triton, and it lies on a GPU with room for the tiles; or on a CPU with the interpreter."""
     if x.is_cuda and triton is not None and x.dtype in TOLERANCE and x.shape[-1] <= 256:
-        room = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)  # AMD's have no such number
-        return int(room) >= SHARED_MEMORY
+        return _shared_memory(x.device.index) >= SHARED_MEMORY
     return x.device.type == "cpu" and interpreted()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _shared_memory(device: int) -> int:
+    """Bytes that a block may have."""
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))  # AMD's have no such number
 
 
 # --- the table ---
@@ -104,10 +110,8 @@ def padded_table(table: Tensor, front: int, back: int) -> Tensor:
 
     A kernel can then read any distance its tiles reach without a bounds check, and what lies ahead of a query masks itself.
     """
-    heads, longest = table.shape
-    padded = table.new_zeros(heads, front + longest + back)
+    padded = pad(table, (front, back)).mul_(LOG2E)
     padded[:, :front] = -math.inf
-    torch.mul(table, LOG2E, out=padded[:, front : front + longest])
     return padded
 
 
@@ -915,7 +919,31 @@ def biased_attention(
     starts = q.new_zeros(q.shape[0], dtype=torch.int32) if k_start is None else k_start.to(q.device, torch.int32)
     tolerance = TOLERANCE[q.dtype] if tolerance is None else tolerance
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and blocks is None:
+        return _in_graph(q, k, v, _problem(table, starts, chunks, scale, tolerance, blocks_for(q.shape[3], q.dtype)))
     return _Attention.apply(q, k, v, table.values, table, starts, chunks, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
+
+
+def _in_graph(q: Tensor, k: Tensor, v: Tensor, p: _Problem) -> Tensor:
+    """The output, with the launch as one node of the graph of torch.compile; what is made of the table stays outside of it, shared by the layers."""
+    coefficients, near, phase = _fits_of(p, p.blocks.forward, k.shape[2] - q.shape[2])
+    cuts, skips = (None, None) if p.chunks is None else p.chunks[:2]
+    return _node(q, k, v, p.bias, coefficients, near, p.starts, cuts, skips, p.front, phase, p.scale)
+
+
+@torch.library.custom_op("longctx::biased_attention", mutates_args=())
+def _node(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, coefficients: Tensor, near: Tensor, starts: Tensor, cuts: Tensor | None, skips: Tensor | None,
+    front: int, phase: int, scale: float,
+) -> Tensor:  # fmt: skip
+    chunks = None if cuts is None or skips is None else Chunks(cuts, skips, 0)  # the reach was for the table
+    p = _Problem(Table(bias), bias, front, starts, chunks, scale, 0.0, blocks_for(q.shape[3], q.dtype))
+    return _run_forward(p, q, k, v, (coefficients, near, phase))[0]
+
+
+@_node.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(q)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, longest: int) -> None:
