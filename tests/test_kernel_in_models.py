@@ -105,6 +105,20 @@ def test_a_compiled_model_is_one_graph_with_the_kernel_in_it(names, monkeypatch)
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
+@needs_kernel
+def test_a_compiled_model_has_the_gradients_of_the_kernel(monkeypatch):
+    model, ids = patched("llama", LEARNED).to(DEVICE).eval(), tokens()
+    launched, run = [], kernel._run_dtable
+    monkeypatch.setattr(kernel, "_run_dtable", lambda *args: (launched.append(1), run(*args))[1])
+    torch._dynamo.reset()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    want, got = (torch.autograd.grad(call(input_ids=ids, use_cache=False).logits.square().sum(), learned) for call in (model, torch.compile(model, backend="eager")))
+    assert len(launched) == 4
+    for a, b in zip(got, want):
+        assert b.any()
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 @pytest.mark.parametrize(("names", "served"), [(("alibi",), 2), (LEARNED, 0)])
 def test_where_sums_must_have_an_order_the_kernel_learns_nothing(names, served, calls):
     """It adds the gradient of a table as its programs end; `train: {full_determinism: true}` is heeded."""

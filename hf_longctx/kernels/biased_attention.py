@@ -879,6 +879,9 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dvalues, None, None, None, None, None, None
 
 
+_differentiable = torch.compiler.disable(_Attention.apply)  # the table keeps what was made of it, which is no tensor's business
+
+
 def blocks_for(head_dim: int, dtype: torch.dtype) -> Blocks:
     """The hand-chosen tiles for a head dimension up to 256."""
     size = 4 if dtype == torch.float32 else 2
@@ -921,7 +924,7 @@ def biased_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if torch.compiler.is_compiling() and not torch.is_grad_enabled() and blocks is None:
         return _in_graph(q, k, v, _problem(table, starts, chunks, scale, tolerance, blocks_for(q.shape[3], q.dtype)))
-    return _Attention.apply(q, k, v, table.values, table, starts, chunks, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
+    return _differentiable(q, k, v, table.values, table, starts, chunks, scale, tolerance, blocks or blocks_for(q.shape[3], q.dtype))
 
 
 def _in_graph(q: Tensor, k: Tensor, v: Tensor, p: _Problem) -> Tensor:
